@@ -1,0 +1,48 @@
+"""Builds the nodes that replace one layer, every name below the layer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+class NodeBuilder:
+    """Collects nodes and initializers named ``<prefix>/<name>``.
+
+    Args:
+        graph: takes the initializers; the nodes wait in :attr:`nodes` until someone inserts them.
+        prefix: the layer's name in the diffusers model.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, name: str, value: NDArray[Any]) -> ir.Value:
+        """An initializer."""
+        full = f"{self.prefix}/{name}"
+        tensor = ir.tensor(np.ascontiguousarray(value), name=full)
+        initializer = ir.Value(
+            name=full, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(initializer)
+        return initializer
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        name: str,
+    ) -> ir.Value:
+        """A node with one output; both are called ``<prefix>/<name>``."""
+        full = f"{self.prefix}/{name}"
+        node = ir.node(op_type, inputs, attributes, outputs=[ir.Value(name=full)], name=full)
+        self.nodes.append(node)
+        return node.outputs[0]

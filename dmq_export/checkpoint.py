@@ -1,0 +1,228 @@
+"""The DMQ checkpoint: a folder from which every later stage works, without the original weights.
+
+``dmq.json`` says what it is and where it comes from; ``dmq.safetensors`` holds the numbers; ``run.json``
+holds what differs from run to run (seconds, memory, machine), so that the first two are the same bytes for
+the same seed. No pickles.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.bits import Bits
+from dmq_export.coverage import Coverage, FloatLayer
+from dmq_export.errors import CheckpointError, DmqError
+from dmq_export.files import atomic_folder, read_json, sha256
+from dmq_export.int4 import pack_nibbles, unpack_nibbles
+from dmq_export.layer import LayerSpec, QuantizedLayer
+
+SCHEMA = 1
+FACTS, TENSORS, RUN = "dmq.json", "dmq.safetensors", "run.json"
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Where the weights came from.
+
+    Attributes:
+        class_name: of the diffusers denoiser.
+        config: of the denoiser.
+        scheduler: configuration of the scheduler used for calibration.
+        weights_sha256: of the source's weight files.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some inputs of the calibration set, kept to verify what is made from the checkpoint.
+
+    Attributes:
+        timesteps: ``[T']``.
+        sample: network inputs, ``[T', N, ...]``.
+        conditioning: by name, each ``[N, ...]``.
+        prediction: what the float model answers, ``[T', N, ...]``.
+    """
+
+    timesteps: NDArray[np.float32]
+    sample: NDArray[np.float32]
+    conditioning: Mapping[str, NDArray[Any]]
+    prediction: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A calibrated model.
+
+    Attributes:
+        model: its source.
+        recipe: the calibration settings.
+        timesteps: the calibrated timesteps ``[T]``, in sampling order; row ``i`` of every per-step table
+            belongs to ``timesteps[i]``.
+        layers: the quantized layers, in the order in which they run.
+        float_layers: the others.
+        float_tensors: state of everything that is not a quantized layer's weight or bias.
+        probe: inputs to verify with.
+        metrics: what calibration measured, as JSON values.
+        versions: of the tool and its libraries.
+    """
+
+    model: ModelFacts
+    recipe: Mapping[str, Any]
+    timesteps: NDArray[np.float32]
+    layers: tuple[QuantizedLayer, ...]
+    float_layers: tuple[FloatLayer, ...]
+    float_tensors: Tensors
+    probe: Probe
+    metrics: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def coverage(self) -> Coverage:
+        return Coverage(tuple(layer.spec for layer in self.layers), self.float_layers)
+
+    @property
+    def bits(self) -> Bits:
+        return Bits.parse(str(self.recipe["bits"]))
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, *, run: Mapping[str, Any], replace_existing: bool = False
+) -> None:
+    """Write ``checkpoint`` to ``folder``, whole or not at all.
+
+    Raises:
+        DmqError: the folder exists (and ``replace_existing`` is not set) or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    with atomic_folder(folder, replace=replace_existing) as scratch:
+        save_file(_tensors(checkpoint), scratch / TENSORS)
+        facts = _facts(checkpoint) | {"tensors_sha256": sha256(scratch / TENSORS)}
+        for name, content in ((FACTS, facts), (RUN, dict(run))):
+            (scratch / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, verified against its hash.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, is of another schema, or is damaged.
+    """
+    if not (folder / FACTS).is_file():
+        raise CheckpointError(f"{folder} is not a DMQ checkpoint: it has no {FACTS}")
+    try:
+        facts = read_json(folder / FACTS)
+    except DmqError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
+    if facts.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder / FACTS} has schema {facts.get('schema')!r}, this version reads {SCHEMA}: "
+            "calibrate again, or use the version that wrote it"
+        )
+    tensors = _read_tensors(folder / TENSORS, str(facts.get("tensors_sha256")))
+    try:
+        return _checkpoint(facts, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise CheckpointError(f"damaged checkpoint {folder}: {what}") from error
+
+
+def _read_tensors(path: Path, digest: str) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"damaged checkpoint: {path} is missing")
+    if sha256(path) != digest:
+        raise CheckpointError(f"damaged checkpoint: {path} does not have the sha256 that {FACTS} records")
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"damaged checkpoint: {path}: {error}") from error
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "versions": dict(checkpoint.versions),
+        "model": asdict(checkpoint.model),
+        "recipe": dict(checkpoint.recipe),
+        "timesteps": checkpoint.timesteps.tolist(),
+        "layers": [asdict(layer.spec) for layer in checkpoint.layers],
+        "float_layers": [asdict(layer) for layer in checkpoint.float_layers],
+        "metrics": dict(checkpoint.metrics),
+    }
+
+
+def _tensors(checkpoint: Checkpoint) -> Tensors:
+    """Everything numeric, under slash-separated names; activation tables of all layers side by side."""
+    tensors: Tensors = {f"float/{name}": value for name, value in checkpoint.float_tensors.items()}
+    for layer in checkpoint.layers:
+        arrays = dict(layer.tensors())
+        for table in ("scale", "zero_point"):
+            del arrays[table]
+        if layer.spec.bits.weight <= 4:
+            arrays["codes"] = pack_nibbles(layer.codes)
+        tensors |= {f"layer/{layer.spec.name}/{name}": value for name, value in arrays.items()}
+    if checkpoint.layers:
+        for table in ("scale", "zero_point"):
+            columns = [getattr(layer, table) for layer in checkpoint.layers]
+            tensors[f"activation/{table}"] = np.concatenate(columns, axis=1)
+    probe = checkpoint.probe
+    tensors |= {f"probe/{name}": getattr(probe, name) for name in ("timesteps", "sample", "prediction")}
+    tensors |= {f"probe/conditioning/{name}": value for name, value in probe.conditioning.items()}
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def _checkpoint(facts: dict[str, Any], tensors: Tensors) -> Checkpoint:
+    return Checkpoint(
+        model=ModelFacts(**facts["model"]),
+        recipe=facts["recipe"],
+        timesteps=np.asarray(facts["timesteps"], np.float32),
+        layers=_layers([_spec(entry) for entry in facts["layers"]], tensors),
+        float_layers=tuple(FloatLayer(**entry) for entry in facts["float_layers"]),
+        float_tensors=_below("float/", tensors),
+        probe=Probe(
+            timesteps=tensors["probe/timesteps"],
+            sample=tensors["probe/sample"],
+            prediction=tensors["probe/prediction"],
+            conditioning=_below("probe/conditioning/", tensors),
+        ),
+        metrics=facts["metrics"],
+        versions=facts["versions"],
+    )
+
+
+def _spec(entry: dict[str, Any]) -> LayerSpec:
+    spec = LayerSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    return replace(spec, bits=Bits(**entry["bits"]))
+
+
+def _layers(specs: list[LayerSpec], tensors: Tensors) -> tuple[QuantizedLayer, ...]:
+    layers, column = [], 0
+    for spec in specs:
+        arrays = _below(f"layer/{spec.name}/", tensors)
+        if spec.bits.weight <= 4:
+            arrays["codes"] = unpack_nibbles(arrays["codes"], spec.weight_shape)
+        columns = slice(column, column + len(spec.parts))
+        arrays |= {table: tensors[f"activation/{table}"][:, columns] for table in ("scale", "zero_point")}
+        layers.append(QuantizedLayer(spec, **({"bias": None} | arrays)))
+        column = columns.stop
+    return tuple(layers)
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    return {
+        name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+    }

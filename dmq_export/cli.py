@@ -1,0 +1,185 @@
+"""The command line: parses, calls one function, prints. Results go to stdout, all else to stderr."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from calib.recipe import PRESETS, Preset, PtsLayers, Rounding, Scales, recipe_from
+from dmq_export import __version__
+from dmq_export.bits import Bits
+from dmq_export.errors import DmqError
+from dmq_export.layer import Scheme
+from dmq_export.schedulers import SCHEDULERS
+
+FOLDER = click.Path(path_type=Path)
+Command = Callable[..., Any]
+
+
+class Group(click.Group):
+    """Ends with one clear line and the error's exit status where the user made a mistake."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DmqError as error:
+            message, status = str(error), error.exit_code
+        except OSError as error:
+            message, status = f"{error.strerror}: {error.filename}", DmqError.exit_code
+        click.echo(f"Error: {message}", err=True)
+        ctx.exit(status)
+
+
+class LabelList(click.ParamType[tuple[int, ...]]):
+    """``0,3,7`` or ``0-9``, also mixed."""
+
+    name = "labels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        labels: list[int] = []
+        for piece in str(value).split(","):
+            first, _, last = piece.strip().partition("-")
+            if not first.isdigit() or not (last.isdigit() or not last):
+                self.fail(f"{value!r} is no list of labels: write 0,3,7 or 0-9", param, ctx)
+            labels += range(int(first), int(last or first) + 1)
+        return tuple(labels)
+
+
+class BitWidths(click.ParamType[Bits]):
+    """``w4a8``."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Bits:
+        return value if isinstance(value, Bits) else Bits.parse(str(value))
+
+
+def preset_option(*names: str, field: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option whose default is the preset's; the help shows each preset's value."""
+    values = {name: getattr(recipe, field) for name, recipe in PRESETS.items()}
+    words = {None: "none", (): "all"}
+    shown = [str(words.get(value, value)) for value in values.values()]
+    default = shown[0] if len(set(shown)) == 1 else f"{'/'.join(shown)} with {'/'.join(values)}"
+    attributes["help"] = f"{attributes['help']}  [default: {default}]"
+    return click.option(*names, field, default=None, show_default=False, **attributes)
+
+
+def choice(literal: Any) -> click.Choice[str]:
+    return click.Choice(list(get_args(literal)))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="dmq-export")
+def main() -> None:
+    """Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
+
+    \b
+    dmq-export quickstart                            the whole road on the bundled model
+    dmq-export calibrate digits -o ckpt              quantize: a diffusers folder, or the bundled model
+    dmq-export onnx ckpt -o model.onnx               export, and prove the export equal
+    dmq-export sample model.onnx -o samples.png      pictures
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Checkpoint folder to write.")
+@click.option("--preset", type=choice(Preset), default="balanced", help="Where the other defaults come from.")
+@preset_option("--bits", field="bits", type=BitWidths(), help="Weight and activation bits, w3a3 to w8a8.")
+@preset_option("--samples", field="samples", type=click.IntRange(min=1), help="Trajectories to calibrate on.")
+@preset_option("--steps", field="steps", type=click.IntRange(min=1), help="Sampling steps of a trajectory.")
+@preset_option("--scheduler", field="scheduler", type=click.Choice(list(SCHEDULERS)), help="Instead of the model's.")
+@preset_option("--eta", field="eta", type=click.FloatRange(0, 1), help="DDIM's noise share.")
+@preset_option("--labels", field="labels", type=LabelList(), help="Class labels, such as 0-9.")
+@preset_option("--null-label", field="null_label", type=int, help="The label that stands for no label.")
+@preset_option("--guidance-scale", field="guidance_scale", type=float, help="Classifier-free guidance.")
+@preset_option("--rounding", field="rounding", type=choice(Rounding), help="Of the weights.")
+@preset_option("--les-iters", field="les_iterations", type=click.IntRange(min=0), help="Equivalent scaling.")
+@preset_option("--round-iters", field="round_iterations", type=click.IntRange(min=0), help="AdaRound, per block.")
+@preset_option("--activation-scheme", field="scheme", type=choice(Scheme), help="Zero point free or fixed.")
+@preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")
+@preset_option("--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Power-of-two scaling.")
+@click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
+@seed_option
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="To calibrate on.")
+@click.option("--strict", is_flag=True, help="Fail if a layer stays float for another reason than policy.")
+@click.option("--fresh", is_flag=True, help="Replace an existing checkpoint.")
+@json_option
+def calibrate(
+    model: str, output: Path, preset: Preset, device: str, strict: bool, fresh: bool, as_json: bool, **settings: Any
+) -> None:
+    """Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
+
+    \b
+    dmq-export calibrate digits -o ckpt --bits w4a6 --null-label 10
+    """
+    from dmq_export.commands.calibrate import calibrate_model
+
+    recipe = recipe_from(preset, **settings)
+    result = calibrate_model(model, output, recipe, device=device, strict=strict, fresh=fresh)
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+
+
+@main.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="ONNX file to write.")
+@click.option("--verify/--no-verify", default=True, help="Prove the file equal to the PyTorch reference.")
+@json_option
+def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
+    """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
+    from dmq_export.commands.onnx import export_onnx
+    from dmq_export.progress import Progress
+
+    export = export_onnx(checkpoint, output, Progress(), verify=verify)
+    click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
+
+
+@main.command()
+@click.argument("engine", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="PNG file to write.")
+@click.option("--backend", type=click.Choice(["auto", "onnxruntime", "torch"]), default="auto", help="To run on.")
+@click.option("--reference", metavar="MODEL", help="Float model to sample beside, from the same noise.")
+@click.option("--num", "count", type=click.IntRange(min=1), default=20, help="Samples.")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: as calibrated]")
+@click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="[default: as calibrated]")
+@click.option("--eta", type=click.FloatRange(0, 1), default=0.0, help="DDIM's noise share.")
+@click.option("--labels", type=LabelList(), default=(), show_default="all", help="Class labels, such as 0-9.")
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: none]")
+@click.option("--null-label", type=int, help="The label that stands for no label.")
+@click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
+@seed_option
+@click.option("--npz", type=FOLDER, help="Also write the raw samples there.")
+def sample(
+    engine: Path, output: Path, backend: Any, reference: str | None, npz: Path | None, **settings: Any
+) -> None:
+    """Draw pictures from ENGINE: an ONNX file, or a checkpoint folder (the PyTorch reference)."""
+    from dmq_export.commands.sample import SampleSettings, sample_engine
+    from dmq_export.progress import Progress
+
+    psnr = sample_engine(
+        engine, output, SampleSettings(**settings), Progress(), backend=backend, reference=reference, npz=npz
+    )
+    click.echo(f"{output}" if psnr is None else f"{output}  PSNR against float {psnr:.2f} dB")
+
+
+@main.command()
+@click.option("-o", "--output", type=FOLDER, default=Path("dmq-quickstart"), help="Folder for all results.")
+@click.option("--num", "count", type=click.IntRange(min=1), default=400, help="Samples per model.")
+@seed_option
+@json_option
+def quickstart(output: Path, count: int, seed: int, as_json: bool) -> None:
+    """Calibrate, export and sample the bundled model at W4A8 and W4A6, and compare."""
+    from dmq_export.commands.quickstart import quickstart as run
+    from dmq_export.progress import Progress
+
+    result = run(output, Progress(), count=count, seed=seed)
+    click.echo(json.dumps(asdict(result), indent=1, default=str) if as_json else result.text())

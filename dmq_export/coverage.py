@@ -1,0 +1,69 @@
+"""Which layers run in integers, and why the others do not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dmq_export.layer import LayerSpec
+from dmq_export.table import table
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """A layer that stays in the graph's float type.
+
+    Attributes:
+        by_design: the method or the user wants it so; otherwise the layer could not be quantized.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    reason: str
+    by_design: bool
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Every layer of the model, in the order in which it runs; layers that never run come last."""
+
+    quantized: tuple[LayerSpec, ...]
+    float_layers: tuple[FloatLayer, ...]
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(_parameters(spec) for spec in self.quantized)
+
+    @property
+    def parameters(self) -> int:
+        return self.quantized_parameters + sum(layer.parameters for layer in self.float_layers)
+
+    def summary(self) -> str:
+        """One line: layer counts and the share of weights that is quantized."""
+        share = 100 * self.quantized_parameters / max(self.parameters, 1)
+        return (
+            f"{len(self.quantized)} layers quantized ({share:.1f} % of {self.parameters:,} layer "
+            f"parameters), {len(self.float_layers)} left float"
+        )
+
+    def table(self) -> str:
+        """The whole list, one row a layer."""
+        rows: list[Sequence[str]] = [
+            (spec.name, spec.kind, f"{_parameters(spec):,}", str(spec.bits), _parts(spec))
+            for spec in self.quantized
+        ]
+        rows += [
+            (layer.name, layer.kind, f"{layer.parameters:,}", "float", layer.reason)
+            for layer in self.float_layers
+        ]
+        return table(("layer", "kind", "parameters", "bits", "note"), rows, right=(2,))
+
+
+def _parameters(spec: LayerSpec) -> int:
+    count = 1
+    for size in spec.weight_shape:
+        count *= size
+    return count
+
+
+def _parts(spec: LayerSpec) -> str:
+    return f"split at {spec.parts[0]}" if len(spec.parts) > 1 else ""

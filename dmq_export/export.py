@@ -1,0 +1,57 @@
+"""From a checkpoint to an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from dmq_export import __version__
+from dmq_export.checkpoint import Checkpoint
+from dmq_export.facts import FACTS, model_facts
+from dmq_export.files import atomic_file
+from dmq_export.layer import QuantizedLayer
+from dmq_export.portable import lower_portable
+from dmq_export.trace import trace_network
+
+
+def onnx_model(checkpoint: Checkpoint) -> ir.Model:
+    """The portable graph of ``checkpoint``, in memory.
+
+    Raises:
+        ExportError: the model cannot be traced, or a layer cannot be lowered.
+    """
+    model = trace_network(checkpoint)
+    # the exporter leaves stack traces (this machine's paths) on every node
+    common.ClearMetadataAndDocStringPass()(model)
+    lower_portable(model, checkpoint.layers, checkpoint.timesteps)
+    common.RemoveUnusedNodesPass()(model)
+    common.CheckerPass()(model)
+    model.graph.name = checkpoint.model.class_name
+    model.producer_name, model.producer_version = "dmq-export", __version__
+    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, "portable"))
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        DmqError: the folder cannot be written.
+    """
+    with atomic_file(path) as scratch:
+        ir.save(model, scratch)
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as a runtime takes it from memory."""
+    return ir.to_proto(model).SerializeToString()
+
+
+def layer_bytes(model: ir.Model, layers: tuple[QuantizedLayer, ...]) -> int:
+    """Bytes of all initializers that belong to quantized layers: codes, scales, zero points, tables, biases."""
+    prefixes = tuple(f"{layer.spec.name}/" for layer in layers)
+    tensors = (value.const_value for value in model.graph.initializers.values() if value.name.startswith(prefixes))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,0 +1,115 @@
+"""Files appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmq_export.errors import DmqError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A scratch path beside ``path`` that replaces it when the block ends without an error.
+
+    The block may also write files beside the scratch path's name (ONNX external data): it gets a
+    directory of its own, and only the named file moves.
+
+    Raises:
+        DmqError: the folder does not exist or cannot be written.
+    """
+    require_writable(path)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch / path.name
+        os.replace(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A scratch folder beside ``path`` that takes its place when the block ends without an error.
+
+    Raises:
+        DmqError: ``path`` exists and ``replace`` is not set, or its parent cannot be written.
+    """
+    require_free(path, replace=replace)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch.chmod(0o755)  # mkdtemp's 0700 is for secrets
+    try:
+        yield scratch
+        if path.exists():
+            shutil.rmtree(path)
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_free(path: Path, *, replace: bool) -> None:
+    """Refuse to write over what is there, before any work is done.
+
+    Raises:
+        DmqError: as :func:`atomic_folder`.
+    """
+    require_writable(path)
+    if path.exists() and not path.is_dir():
+        raise DmqError(f"{path} is a file; the output must be a folder: choose another path")
+    if path.exists() and any(path.iterdir()) and not replace:
+        raise DmqError(f"{path} exists and is not empty: choose another path, or pass --fresh")
+
+
+def make_folder(path: Path) -> None:
+    """Create ``path`` unless it is there.
+
+    Raises:
+        DmqError: it cannot be created, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DmqError(f"cannot create the folder {path}: {error.strerror}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Fail at once where writing would fail after hours.
+
+    Raises:
+        DmqError: the parent folder does not exist or refuses a new file.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DmqError(f"cannot write {path}: {error.strerror} ({path.parent})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        DmqError: it cannot be read or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DmqError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DmqError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DmqError(f"{path} holds a JSON {type(content).__name__}, an object was expected")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,15 @@
+"""The noise that sampling starts from, the same on every backend."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.seeds import stream_seed
+
+
+def initial_noise(shape: tuple[int, ...], indices: range, seed: int) -> NDArray[np.float32]:
+    """Standard normal noise ``[len(indices), *shape]``.
+
+    Sample ``i`` depends on ``seed`` and ``i`` alone, whatever else is in the batch.
+    """
+    streams = [np.random.Generator(np.random.Philox(stream_seed(seed, "noise", i))) for i in indices]
+    return np.stack([stream.standard_normal(shape, np.float32) for stream in streams])

@@ -1,0 +1,56 @@
+"""diffusers' schedulers by name, from the configuration beside a model."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dmq_export.errors import DmqError
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> Any:
+    """The scheduler ``config`` describes, or the one called ``name`` with that configuration, set to ``steps``.
+
+    Raises:
+        DmqError: no scheduler is named anywhere, or diffusers does not accept the step count.
+    """
+    import diffusers
+
+    class_name = SCHEDULERS[name] if name else config.get("_class_name")
+    if class_name is None:
+        raise DmqError(
+            "the model has no scheduler/scheduler_config.json: name one with --scheduler "
+            f"({', '.join(SCHEDULERS)})"
+        )
+    scheduler_class = getattr(diffusers, str(class_name), None)
+    if scheduler_class is None:
+        raise DmqError(f"diffusers {diffusers.__version__} has no scheduler {class_name!r}")
+    scheduler = scheduler_class.from_config(dict(config))
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise DmqError(f"{class_name} does not take {steps} steps: {error}") from error
+    return scheduler
+
+
+def step_options(scheduler: Any, *, eta: float, generators: Sequence[Any]) -> dict[str, Any]:
+    """``eta`` and ``generator`` for schedulers whose ``step`` takes them.
+
+    Raises:
+        DmqError: a non-zero ``eta`` for a scheduler that has none.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in accepted:
+        raise DmqError(
+            f"eta {eta} was asked for, but {type(scheduler).__name__} takes none: use --scheduler ddim"
+        )
+    options: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
+    return {**options, "eta": eta} if "eta" in accepted else options

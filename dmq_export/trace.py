@@ -1,0 +1,130 @@
+"""From a checkpoint to a float ONNX graph in which every quantized layer is one node ``dmq::Layer``.
+
+The network is traced with a marker in place of each quantized layer, so a lowering never has to recognise
+what the exporter made of a convolution: it replaces one node whose ``layer`` attribute names it.
+PyTorch is imported here and nowhere else in the exporter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dmq_export.errors import ExportError
+from dmq_export.layer import LayerSpec
+from dmq_export.network import build_network
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor, nn
+
+    from dmq_export.checkpoint import Checkpoint
+
+DOMAIN = "dmq"
+OPSET = 21
+OUTPUT = "out_sample"
+
+
+def trace_network(checkpoint: Checkpoint) -> ir.Model:
+    """The checkpoint's network as ONNX, batch dynamic, sample size fixed.
+
+    Inputs are those of the diffusers model: ``sample [N, ...]``, ``timestep []`` (float32: one step for the
+    whole batch) and the conditioning by name; the output is :data:`OUTPUT`.
+
+    Raises:
+        ExportError: PyTorch cannot trace the model.
+    """
+    import torch
+
+    network = build_network(checkpoint, {layer.spec.name: _marker(layer.spec) for layer in checkpoint.layers})
+    probe = checkpoint.probe
+    conditioning = {name: torch.from_numpy(value) for name, value in probe.conditioning.items()}
+    batch = torch.export.Dim("batch")
+    shapes: dict[str, Any] = {"sample": {0: batch}, "timestep": {}}
+    shapes["conditioning"] = {name: {0: batch} for name in conditioning}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _positional(network, list(conditioning)),
+                (torch.from_numpy(probe.sample[0]), torch.tensor(float(probe.timesteps[0]))),
+                kwargs={"conditioning": conditioning},
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["sample", "timestep", *conditioning],
+                output_names=[OUTPUT],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps whatever the model raised in types of its own
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"PyTorch cannot trace {checkpoint.model.class_name} to ONNX: {reason}") from error
+    if program is None:
+        raise ExportError(f"PyTorch returned no ONNX program for {checkpoint.model.class_name}")
+    return program.model
+
+
+def _positional(network: nn.Module, names: list[str]) -> nn.Module:
+    """The network with conditioning as one dictionary argument and a plain tensor as its result."""
+    from torch import nn
+
+    class Positional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+            named = {name: conditioning[name] for name in names}
+            output: Tensor = self.network(sample, timestep, **named, return_dict=False)[0]
+            return output
+
+    return Positional().eval()
+
+
+def _marker(spec: LayerSpec) -> nn.Module:
+    import torch
+    from torch import nn
+
+    class Marker(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            marked: Tensor = torch.onnx.ops.symbolic(
+                f"{DOMAIN}::Layer",
+                (x,),
+                {"layer": spec.name},
+                dtype=x.dtype,
+                shape=_output_shape(spec, list(x.shape)),
+                version=1,
+            )
+            return marked
+
+    return Marker()
+
+
+def _output_shape(spec: LayerSpec, shape: list[Any]) -> list[Any]:
+    """Shape of the layer's output for an input of ``shape``, whose sizes may be symbolic."""
+    if spec.kind == "linear":
+        return [*shape[:-1], spec.out_channels]
+    spatial = [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, pad, dilation in zip(
+            shape[2:], spec.kernel, spec.stride, spec.padding, spec.dilation, strict=True
+        )
+    ]
+    return [shape[0], spec.out_channels, *spatial]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's own chatter (stdout, warnings, log) away from the user's results."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
