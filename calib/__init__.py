@@ -1,0 +1,1 @@
+"""Calibration: fits the numbers of every quantized layer. The home of torch."""

@@ -1,0 +1,129 @@
+"""Fits one layer on its own: equivalent scaling, activation range, weight grid, rounding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from calib.capture import LayerInputs
+from calib.fake_quant import QParams, choose_qparams
+from calib.layer_op import product, scaled_weight, weight_matrix, weight_of
+from calib.les import LesResult, LesSettings, fit_les
+from calib.metrics import decibels
+from calib.ranges import activation_range, clip_range, quantized_patches
+from calib.recipe import Recipe
+from calib.rounding import dequantized_weight, output_error, round_weight
+from calib.weight_grid import grid_qparams, minmax_qparams
+from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.seeds import stream_seed
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """A fitted layer and what the fit measured, as JSON values."""
+
+    layer: QuantizedLayer
+    report: dict[str, Any]
+
+
+def fit_layer(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
+    """Quantize ``module`` by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later."""
+    weight = weight_of(module)
+    learned = recipe.rounding != "nearest"
+    les = _equivalent_scaling(spec, weight, inputs, recipe, learned=learned)
+    scaled = scaled_weight(spec, weight, les.tau)
+    x = inputs.patches / les.tau[:, None]
+    weight_qparams = _weight_qparams(spec, scaled, recipe)
+    codes = round_weight(spec, scaled, weight_qparams, x, learned=learned)
+    activation = _activation_qparams(spec, scaled, inputs, les.tau, recipe)
+    rounded = dequantized_weight(spec, codes, weight_qparams)
+    layer = QuantizedLayer(
+        spec=spec,
+        codes=_integers(codes),
+        weight_scale=_floats(weight_qparams.scale),
+        weight_zero_point=_integers(weight_qparams.zero_point),
+        tau=_floats(les.tau),
+        shift=np.zeros(spec.in_channels, np.uint8),
+        scale=_floats(activation.scale),
+        zero_point=_integers(activation.zero_point),
+        bias=_bias(module),
+    )
+    report = {
+        "tau": [float(les.tau.min()), float(les.tau.max())],
+        "step_loss": les.step_loss.tolist(),
+        "step_weight": les.step_weight.tolist(),
+        **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, inputs.step, activation)),
+    }
+    return LayerFit(layer, report)
+
+
+def _equivalent_scaling(
+    spec: LayerSpec, weight: Tensor, inputs: LayerInputs, recipe: Recipe, *, learned: bool
+) -> LesResult:
+    gain = _rounding_gain(spec, weight, inputs) if learned and recipe.les_iterations else 1.0
+    settings = LesSettings(
+        iterations=recipe.les_iterations,
+        learning_rate=recipe.les_learning_rate,
+        batch=recipe.les_batch,
+        alpha=recipe.timestep_alpha,
+    )
+    return fit_les(
+        spec,
+        weight,
+        inputs,
+        settings,
+        static=recipe.scales == "static",
+        rounding_gain=gain,
+        seed=stream_seed(recipe.seed, "les", spec.name),
+    )
+
+
+def _rounding_gain(spec: LayerSpec, weight: Tensor, inputs: LayerInputs) -> float:
+    """Output error of learned rounding over that of rounding to nearest, both on min-max ranges."""
+    qparams = minmax_qparams(spec, weight)
+    nearest, learned = (
+        dequantized_weight(spec, round_weight(spec, weight, qparams, inputs.patches, learned=how), qparams)
+        for how in (False, True)
+    )
+    before = output_error(spec, weight, nearest, inputs.patches)
+    return min(output_error(spec, weight, learned, inputs.patches) / before, 1.0) if before else 1.0
+
+
+def _weight_qparams(spec: LayerSpec, scaled: Tensor, recipe: Recipe) -> QParams:
+    return grid_qparams(spec, scaled) if recipe.weight_grid else minmax_qparams(spec, scaled)
+
+
+def _activation_qparams(
+    spec: LayerSpec, scaled: Tensor, inputs: LayerInputs, tau: Tensor, recipe: Recipe
+) -> QParams:
+    span = activation_range(spec, inputs.extrema, tau, static=recipe.scales == "static")
+    if recipe.clip:
+        span = clip_range(spec, scaled, inputs, tau, span)
+    return choose_qparams(span, spec.bits.activation, spec.scheme)
+
+
+def _sqnr(spec: LayerSpec, scaled: Tensor, rounded: Tensor, x: Tensor, quantized_x: Tensor) -> dict[str, float]:
+    """The layer's output SQNR in dB with only its weights, only its input, and both quantized."""
+    target = product(spec, x, weight_matrix(spec, scaled))
+    outputs = {
+        "weights_db": product(spec, x, weight_matrix(spec, rounded)),
+        "activations_db": product(spec, quantized_x, weight_matrix(spec, scaled)),
+        "output_db": product(spec, quantized_x, weight_matrix(spec, rounded)),
+    }
+    return {name: round(decibels(target, output), 2) for name, output in outputs.items()}
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return values.detach().cpu().numpy().astype(np.float32)
+
+
+def _integers(values: Tensor) -> NDArray[np.uint8]:
+    return values.detach().cpu().numpy().astype(np.uint8)
+
+
+def _bias(module: nn.Module) -> NDArray[np.float32] | None:
+    bias = module.bias
+    return _floats(bias) if isinstance(bias, torch.Tensor) else None

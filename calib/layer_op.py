@@ -1,0 +1,98 @@
+"""A Conv or Linear as a matrix product, so that every fit below works on one shape.
+
+An output position of a convolution sees one *patch* of the input, ``[C, K]`` with ``K`` kernel taps; a linear
+layer is the case ``K = 1``. Patches taken at a few random positions estimate any squared output error without
+the whole feature map, and zero padding needs no care because quantization keeps zero exact.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmq_export.layer import LayerSpec
+
+
+def weight_matrix(spec: LayerSpec, weight: Tensor) -> Tensor:
+    """``[O, C / groups, *kernel]`` to ``[O, C / groups, K]``."""
+    return weight.reshape(spec.out_channels, spec.in_channels // spec.groups, -1)
+
+
+def apply_op(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The float operator: ``x [N, C, ...]`` or ``[..., C]``, ``weight [O, C / groups, *kernel]``."""
+    if spec.kind == "linear":
+        return F.linear(x, weight, bias)
+    convolve = F.conv1d if spec.kind == "conv1d" else F.conv2d
+    return convolve(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+
+def product(spec: LayerSpec, patches: Tensor, weight: Tensor) -> Tensor:
+    """Outputs without bias: ``patches [M, C, K]`` times ``weight [O, C / groups, K]`` to ``[M, O]``."""
+    if spec.groups == 1:
+        return patches.flatten(1) @ weight.flatten(1).T
+    grouped = patches.reshape(len(patches), spec.groups, -1)
+    rows = weight.reshape(spec.groups, spec.out_channels // spec.groups, -1)
+    return torch.einsum("mgk,gok->mgo", grouped, rows).flatten(1)
+
+
+def take_patches(spec: LayerSpec, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Patches at ``count`` random output positions of every sample, ``[N * count, C, K]``.
+
+    Args:
+        x: the layer's input, ``[N, C, ...]`` or ``[N, ..., C]``.
+        generator: on the CPU, so that the positions do not depend on the device.
+    """
+    if spec.kind == "linear":
+        tokens = x.reshape(len(x), -1, spec.in_channels)
+        where = torch.randint(tokens.shape[1], (len(x), count), generator=generator).to(x.device)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return tokens[rows, where].reshape(-1, spec.in_channels, 1)
+    axes = len(spec.kernel)
+    sides = [(p, p) for p in reversed(spec.padding)]
+    padded = F.pad(x, [pad for pair in sides for pad in pair])
+    index: list[Tensor | slice] = [torch.arange(len(x)).view(-1, 1, *[1] * axes), slice(None)]
+    for axis in range(axes):
+        reach = spec.dilation[axis] * (spec.kernel[axis] - 1)
+        outputs = (padded.shape[2 + axis] - reach - 1) // spec.stride[axis] + 1
+        start = torch.randint(outputs, (len(x), count), generator=generator) * spec.stride[axis]
+        taps = torch.arange(spec.kernel[axis]) * spec.dilation[axis]
+        shape = [1] * axes
+        shape[axis] = -1
+        index.append(start.view(len(x), count, *[1] * axes) + taps.view(shape))
+    on_device = tuple(i.to(x.device) if isinstance(i, Tensor) else i for i in index)
+    patches = padded[on_device]  # [N, count, *kernel, C]: the channel slice goes last
+    return patches.movedim(-1, 2).reshape(len(x) * count, spec.in_channels, -1)
+
+
+def expand_parts(spec: LayerSpec, values: Tensor) -> Tensor:
+    """One value per part to one per input channel, along the last axis: ``[..., P]`` to ``[..., C]``."""
+    sizes = torch.tensor(spec.parts, device=values.device)
+    return values.repeat_interleave(sizes, dim=-1)
+
+
+def weight_columns(spec: LayerSpec, values: Tensor) -> Tensor:
+    """Values per part and output ``[P, O]`` so that they broadcast over ``[O, C / groups, K]``."""
+    if len(spec.parts) == 1:
+        return values[0][:, None, None]
+    return expand_parts(spec, values.T)[:, :, None]
+
+
+def tau_columns(spec: LayerSpec, tau: Tensor) -> Tensor:
+    """LES factors ``[C]`` so that they broadcast over the weight ``[O, C / groups, K]``.
+
+    Output ``o`` of a grouped convolution reads only the channels of its group.
+    """
+    if spec.groups == 1:
+        return tau[None, :, None]
+    per_group = tau.view(spec.groups, -1)
+    return per_group.repeat_interleave(spec.out_channels // spec.groups, dim=0)[:, :, None]
+
+
+def scaled_weight(spec: LayerSpec, weight: Tensor, tau: Tensor) -> Tensor:
+    """``W * tau`` in the weight's own shape."""
+    return (weight_matrix(spec, weight) * tau_columns(spec, tau)).view(weight.shape)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a Conv or Linear, detached and contiguous."""
+    weight: Tensor = module.get_parameter("weight")
+    return weight.detach().contiguous()

@@ -1,0 +1,114 @@
+"""Learned Equivalent Scaling: per input channel, how much of the difficulty moves from activation to weight.
+
+DMQ, section 3.1: ``Y = (X / tau)(tau^T * W)``; ``tau`` is learned layer by layer on the float inputs so that the
+quantized product stays close to the float one. ``tau = exp(theta)`` keeps it positive.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.capture import LayerInputs
+from calib.fake_quant import QParams, choose_qparams, fake_quantize
+from calib.layer_op import product, tau_columns, weight_columns, weight_matrix
+from calib.ranges import activation_range, quantized_patches
+from calib.weight_grid import minmax_qparams
+from calib.weighting import TimestepWeights
+from dmq_export.layer import LayerSpec
+
+
+@dataclass(frozen=True)
+class LesSettings:
+    """Hyper-parameters of the fit; Adam with a cosine decay to zero.
+
+    Attributes:
+        batch: patches per iteration.
+        alpha: exponent of the adaptive timestep weight; 0 weighs all steps alike.
+        momentum: of the moving average of each step's loss.
+    """
+
+    iterations: int
+    learning_rate: float
+    batch: int
+    alpha: float
+    momentum: float = 0.95
+
+
+@dataclass(frozen=True)
+class LesResult:
+    """What the fit found.
+
+    Attributes:
+        tau: ``[C]``.
+        step_loss: ``Lambda [T]`` at the end.
+        step_weight: ``lambda [T]`` at the end.
+    """
+
+    tau: Tensor
+    step_loss: Tensor
+    step_weight: Tensor
+
+
+def fit_les(
+    spec: LayerSpec,
+    weight: Tensor,
+    inputs: LayerInputs,
+    settings: LesSettings,
+    *,
+    static: bool,
+    rounding_gain: float,
+    seed: int,
+) -> LesResult:
+    """Learn ``tau [C]`` of one layer.
+
+    The loss of a patch is ``|| (x^ - x / tau) W tau ||^2 + g || x / tau (w^ - W tau) ||^2``: the paper's squared
+    output error without the product of the two errors, which averages out, and with the weight's share scaled
+    by ``g`` = ``rounding_gain``, because the weights will not be rounded to nearest as the fit assumes
+    but by a learned rounding that loses ``g`` times as much. ``g = 1`` is the paper's balance.
+
+    Args:
+        weight: ``W``, ``[O, C / groups, *kernel]``.
+        static: one activation range for all steps.
+        rounding_gain: squared output error of the rounding to come over that of rounding to nearest.
+        seed: of the batches.
+    """
+    device = weight.device
+    steps = inputs.extrema.low.shape[1]
+    step_weights = TimestepWeights(steps, alpha=settings.alpha, momentum=settings.momentum, device=device)
+    theta = torch.zeros(spec.in_channels, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(settings.iterations, 1))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.iterations):
+        pick = torch.randint(len(inputs.patches), (settings.batch,), generator=generator).to(device)
+        step = inputs.step[pick]
+        loss = _row_losses(spec, weight, inputs, pick, theta.exp(), static, rounding_gain)
+        weighted = (loss * step_weights.update(loss, step)).mean()
+        optimizer.zero_grad()
+        weighted.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return LesResult(theta.detach().exp(), step_weights.average, step_weights.weights())
+
+
+def _row_losses(
+    spec: LayerSpec,
+    weight: Tensor,
+    inputs: LayerInputs,
+    pick: Tensor,
+    tau: Tensor,
+    static: bool,
+    rounding_gain: float,
+) -> Tensor:
+    """Squared output errors ``[B]`` of the picked patches under ``tau``."""
+    x = inputs.patches[pick] / tau[:, None]
+    span = activation_range(spec, inputs.extrema, tau, static=static)
+    qparams = choose_qparams(span, spec.bits.activation, spec.scheme)
+    rounded = quantized_patches(spec, x, inputs.step[pick], qparams)
+    scaled = weight_matrix(spec, weight) * tau_columns(spec, tau)
+    weight_qparams = minmax_qparams(spec, scaled)
+    columns = QParams(*(weight_columns(spec, values) for values in weight_qparams))
+    weight_error = fake_quantize(scaled, columns, spec.bits.weight) - scaled
+    activation_loss = product(spec, rounded - x, scaled).square().mean(1)
+    return activation_loss + rounding_gain * product(spec, x, weight_error).square().mean(1)

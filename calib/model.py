@@ -1,0 +1,126 @@
+"""Reads a diffusers folder: the float denoiser and everything that must be remembered of it."""
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.families import Family, family_of
+from dmq_export.errors import DmqError, ModelError
+from dmq_export.files import read_json, sha256
+from dmq_export.signature import sample_shape
+
+DENOISER_FOLDERS = ("unet", "transformer")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A float denoiser in evaluation mode, with the facts of its folder.
+
+    Attributes:
+        network: the diffusers module, float32.
+        class_name: of ``network``.
+        config: of ``network``, JSON values only.
+        scheduler: configuration found beside it; empty if there is none.
+        weights_sha256: over all weight files, names included.
+    """
+
+    network: nn.Module
+    class_name: str
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    weights_sha256: str
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.class_name)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return sample_shape(self.config)
+
+
+def load_model(folder: Path, device: torch.device) -> SourceModel:
+    """Load the denoiser of a diffusers folder (a pipeline's, or the denoiser's own) onto ``device``.
+
+    Raises:
+        ModelError: there is no such folder, it holds no diffusers denoiser, or its weights do not load.
+    """
+    denoiser = _denoiser_folder(folder)
+    config = _config(denoiser)
+    class_name = str(config["_class_name"])
+    network = _network(denoiser, class_name).to(device).eval().requires_grad_(False)
+    scheduler = denoiser.parent / "scheduler" / "scheduler_config.json"
+    return SourceModel(
+        network=network,
+        class_name=class_name,
+        config={key: value for key, value in config.items() if key != "_name_or_path"},
+        scheduler=read_json(scheduler) if scheduler.is_file() else {},
+        weights_sha256=_weights_sha256(denoiser),
+    )
+
+
+def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """One evaluation: ``sample [N, ...]``, ``timestep [] or [N]`` to the prediction ``[N, ...]``."""
+    output = network(sample, timestep, **conditioning, return_dict=False)
+    prediction: Tensor = output[0]
+    return prediction
+
+
+def _denoiser_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder: give a local diffusers folder "
+            "(download one with: hf download NAME --local-dir FOLDER), or digits for the bundled model"
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    found = [folder / name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()]
+    if not found:
+        raise ModelError(
+            f"{folder} is not a diffusers model: it has no config.json, unet/config.json or "
+            "transformer/config.json"
+        )
+    return found[0]
+
+
+def _config(denoiser: Path) -> dict[str, Any]:
+    try:
+        config = read_json(denoiser / "config.json")
+    except DmqError as error:
+        raise ModelError(str(error)) from error
+    if "_class_name" not in config:
+        raise ModelError(f"{denoiser}/config.json names no diffusers class (_class_name is missing)")
+    return config
+
+
+def _network(denoiser: Path, class_name: str) -> nn.Module:
+    import diffusers
+
+    model_class = getattr(diffusers, class_name, None)
+    if not (inspect.isclass(model_class) and issubclass(model_class, diffusers.ModelMixin)):
+        raise ModelError(
+            f"{denoiser}/config.json names {class_name!r}, which is no model of diffusers {diffusers.__version__}"
+        )
+    try:
+        network: nn.Module = model_class.from_pretrained(
+            str(denoiser), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+        )
+    except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the weights in {denoiser} do not load: {first_line}") from error
+    return network
+
+
+def _weights_sha256(denoiser: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(denoiser.iterdir()):
+        if path.suffix in WEIGHT_SUFFIXES:
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()

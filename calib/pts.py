@@ -1,0 +1,87 @@
+"""Channel-wise power-of-two scaling: quiet channels get a step ``2^k`` times finer, if the samples agree on it.
+
+DMQ, section 3.3: per sample the exponent with the least squared error; the mode over samples is taken when its
+share exceeds ``kappa``, otherwise ``k = 0``. Votes are counted over samples *and* steps, so that ``k`` does not
+depend on the step and can live in the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calib.capture import replay
+from calib.fake_quant import QParams, fake_quantize
+from calib.layer_op import expand_parts
+from calib.trajectories import Trajectories
+from dmq_export.layer import QuantizedLayer
+
+EXPONENTS = 4  # k in 0..3: what an int8 carrier of a 4-bit weight has room for
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The outcome for one layer: exponents ``shift [C]`` and the winner's ``share [C]`` of the samples."""
+
+    shift: Tensor
+    share: Tensor
+
+
+def best_exponents(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """The exponent in 0..3 with the least squared error, per sample and channel.
+
+    Args:
+        x: what is quantized, ``[N, C, L]`` with ``L`` positions.
+        qparams: of ``k = 0``, ``[C, 1]`` each.
+
+    Returns:
+        ``[N, C]``, integers; the smaller exponent where two are equally good.
+    """
+    errors = [
+        (fake_quantize(x, QParams(qparams.scale * 2.0**-k, qparams.zero_point), bits) - x).square().sum(-1)
+        for k in range(EXPONENTS)
+    ]
+    return torch.stack(errors).argmin(0)
+
+
+def decide(counts: Tensor, kappa: float) -> Vote:
+    """The vote over ``counts [4, C]``: how many samples preferred each exponent."""
+    votes, winner = counts.max(0)
+    share = votes / counts.sum(0).clamp(min=1)
+    return Vote(torch.where(share > kappa, winner, 0), share)
+
+
+def vote(
+    network: nn.Module,
+    trajectories: Trajectories,
+    layers: Sequence[QuantizedLayer],
+    *,
+    kappa: float,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Vote]:
+    """One vote per layer, from the float network's inputs over the whole calibration set."""
+    ballots = {layer.spec.name: _Ballot(layer) for layer in layers}
+    replay(network, trajectories, ballots, advance=advance)
+    return {name: decide(ballot.counts, kappa) for name, ballot in ballots.items()}
+
+
+class _Ballot:
+    """Counts one layer's votes, call by call."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self._layer = layer
+        self._tau = torch.from_numpy(layer.tau)
+        tables = (layer.scale, layer.zero_point.astype("float32"))
+        self._tables = [expand_parts(layer.spec, torch.from_numpy(table.copy())) for table in tables]
+        self.counts = torch.zeros(EXPONENTS, layer.spec.in_channels, dtype=torch.int64)
+
+    def __call__(self, x: Tensor, step: int) -> None:
+        spec = self._layer.spec
+        channels_first = x.movedim(spec.channel_axis, 1).reshape(len(x), spec.in_channels, -1)
+        row = step if len(self._tables[0]) > 1 else 0
+        qparams = QParams(*(table[row][:, None].to(x.device) for table in self._tables))
+        scaled = channels_first / self._tau[:, None].to(x.device)
+        best = best_exponents(scaled, qparams, spec.bits.activation)
+        for k in range(EXPONENTS):
+            self.counts[k] += (best == k).sum(0).cpu()

@@ -1,0 +1,102 @@
+"""Every setting of a calibration, with its default; the presets; no torch, so that ``--help`` is instant."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from dmq_export.bits import Bits
+from dmq_export.errors import DmqError
+from dmq_export.layer import Scheme
+
+Rounding = Literal["nearest", "gptq", "adaround"]
+Scales = Literal["per-step", "static"]
+PtsLayers = Literal["skip", "all", "none"]
+Preset = Literal["fast", "balanced", "paper"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a calibration does; recorded in the checkpoint.
+
+    Attributes:
+        bits: of weights and activations.
+        samples: trajectories that are drawn to calibrate on.
+        steps: of the scheduler, per trajectory.
+        scheduler: its name, or None for the model's own.
+        eta: DDIM's noise share.
+        guidance_scale: classifier-free guidance, or None.
+        labels: class labels, cycled over the samples; empty for none, or for all the model knows.
+        null_label: the label that stands for "no label" in guidance.
+        weight_grid: search the weight ranges by squared error instead of min-max.
+        les_iterations: of learned equivalent scaling per layer; 0 leaves it out.
+        les_learning_rate: of Adam, on the logarithm of the factors.
+        les_batch: patches per iteration.
+        timestep_alpha: exponent of the adaptive timestep weight; 0 weighs all steps alike.
+        clip: search the activation ranges by squared output error instead of min-max.
+        pts_layers: which layers vote on power-of-two scaling.
+        pts_kappa: share of the votes that an exponent must exceed.
+        rounding: of the weights.
+        round_iterations: of AdaRound per block.
+        round_samples: evaluations AdaRound fits a block on.
+        scheme: of activations.
+        scales: one activation range per step, or one for all.
+        float_layers: name patterns of layers to leave float.
+        check_samples: held-out trajectories that the result is measured on.
+        seed: of everything random.
+    """
+
+    bits: Bits = Bits(4, 8)
+    samples: int = 256
+    steps: int = 20
+    scheduler: str | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    labels: tuple[int, ...] = ()
+    null_label: int | None = None
+    weight_grid: bool = True
+    les_iterations: int = 500
+    les_learning_rate: float = 1e-2
+    les_batch: int = 256
+    timestep_alpha: float = 20.0
+    clip: bool = True
+    pts_layers: PtsLayers = "skip"
+    pts_kappa: float = 0.85
+    rounding: Rounding = "gptq"
+    round_iterations: int = 0
+    round_samples: int = 1024
+    scheme: Scheme = "asymmetric"
+    scales: Scales = "per-step"
+    float_layers: tuple[str, ...] = ()
+    check_samples: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "check_samples", "les_batch"):
+            if getattr(self, name) < 1:
+                raise DmqError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; bit widths as ``w4a8``."""
+        return asdict(self) | {
+            "bits": str(self.bits),
+            "labels": list(self.labels),
+            "float_layers": list(self.float_layers),
+        }
+
+
+PRESETS: dict[Preset, Recipe] = {
+    "fast": Recipe(samples=64, les_iterations=200),
+    "balanced": Recipe(),
+    "paper": Recipe(
+        eta=1.0,
+        les_iterations=6000,
+        les_learning_rate=1e-3,
+        rounding="adaround",
+        round_iterations=20000,
+        clip=False,
+    ),
+}
+
+
+def recipe_from(preset: Preset, **changes: Any) -> Recipe:
+    """The preset's recipe with ``changes``; a change of None keeps the preset's value."""
+    return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})

@@ -1,0 +1,187 @@
+"""The fake-quantized PyTorch model: the reference that every later stage is compared with."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib.fake_quant import QParams, dequantize, quantize
+from calib.layer_op import apply_op, expand_parts, tau_columns, weight_matrix
+from calib.model import predict
+from calib.rounding import dequantized_weight
+from dmq_export.checkpoint import Checkpoint
+from dmq_export.layer import QuantizedLayer
+from dmq_export.network import build_network, replace_modules
+from dmq_export.verify import LayerValues
+
+
+class StepIndex:
+    """The row of the per-step tables that all reference layers of a model use now."""
+
+    def __init__(self) -> None:
+        self.row = 0
+
+
+class ReferenceLayer(nn.Module):
+    """One quantized layer, exactly as ``docs/arithmetic.md`` defines it, in float32.
+
+    Args:
+        layer: the fitted numbers.
+        index: which row of its tables to use.
+        weights: False keeps the float ``weight``, to see what the activations alone cost.
+        activations: False keeps the float input, to see what the weights alone cost.
+        weight: ``W``, needed only without ``weights``.
+    """
+
+    shift_scale: Tensor
+    tau: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        layer: QuantizedLayer,
+        index: StepIndex,
+        *,
+        weights: bool = True,
+        activations: bool = True,
+        weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = layer.spec
+        self.index = index
+        self.activations = activations
+        tau = torch.from_numpy(layer.tau)
+        self.register_buffer("tau", tau)
+        self.register_buffer("shift_scale", torch.from_numpy(2.0 ** -layer.shift.astype(np.float32)))
+        self.register_buffer("scale", expand_parts(layer.spec, torch.from_numpy(layer.scale.copy())))
+        zero_point = torch.from_numpy(layer.zero_point.astype(np.float32))
+        self.register_buffer("zero_point", expand_parts(layer.spec, zero_point))
+        self.register_buffer("weight", _quantized_weight(layer) if weights else _scaled(layer, weight, tau))
+        self.register_buffer("bias", None if layer.bias is None else torch.from_numpy(layer.bias))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """``q_x`` of ``x [N, C, ...]`` or ``[..., C]``: integers in a float tensor."""
+        step = self._qparams(x.dim())
+        tau = self._along_channels(self.tau, x.dim())
+        return quantize(x, QParams(tau * step.scale, step.zero_point), self.spec.bits.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activations:
+            rounded = dequantize(self.codes(x), self._qparams(x.dim()))
+        else:
+            rounded = x / self._along_channels(self.tau, x.dim())
+        return apply_op(self.spec, rounded, self.weight, self.bias)
+
+    def _qparams(self, rank: int) -> QParams:
+        """``s_t * 2^-k`` and ``z_t`` of the current step, per channel."""
+        row = self.index.row if len(self.scale) > 1 else 0
+        scale = self._along_channels(self.scale[row] * self.shift_scale, rank)
+        return QParams(scale, self._along_channels(self.zero_point[row], rank))
+
+    def _along_channels(self, values: Tensor, rank: int) -> Tensor:
+        shape = [1] * rank
+        shape[self.spec.channel_axis] = -1
+        return values.view(shape)
+
+
+class ReferenceModel:
+    """A network whose reference layers follow the timestep it is asked about.
+
+    Args:
+        network: with :class:`ReferenceLayer` modules in place.
+        index: theirs.
+        timesteps: the calibrated timesteps ``[T]``; another one uses the row of the nearest.
+    """
+
+    def __init__(self, network: nn.Module, index: StepIndex, timesteps: Tensor) -> None:
+        self.network = network
+        self.index = index
+        self.timesteps = timesteps
+
+    def __call__(self, sample: Tensor, timestep: Any, **conditioning: Tensor) -> Tensor:
+        """One evaluation: ``sample [N, ...]`` at one ``timestep`` to the prediction ``[N, ...]``."""
+        t = torch.as_tensor(timestep)
+        self.index.row = int((self.timesteps - float(t)).abs().argmin())
+        with torch.no_grad():
+            return predict(self.network, sample, t.to(sample.device), conditioning)
+
+
+def load_reference(checkpoint: Checkpoint, device: torch.device) -> ReferenceModel:
+    """The reference rebuilt from a checkpoint alone.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors do not make up the network.
+    """
+    index = StepIndex()
+    layers = {layer.spec.name: ReferenceLayer(layer, index) for layer in checkpoint.layers}
+    network = build_network(checkpoint, layers).to(device)
+    return ReferenceModel(network, index, torch.from_numpy(checkpoint.timesteps))
+
+
+@contextmanager
+def quantized(
+    network: nn.Module,
+    layers: Sequence[QuantizedLayer],
+    timesteps: Tensor,
+    *,
+    weights: bool = True,
+    activations: bool = True,
+) -> Iterator[ReferenceModel]:
+    """While the block runs, the float ``network`` has reference layers in place of those in ``layers``."""
+    index = StepIndex()
+    device = next(network.parameters()).device
+    modules: Mapping[str, nn.Module] = {
+        layer.spec.name: ReferenceLayer(
+            layer,
+            index,
+            weights=weights,
+            activations=activations,
+            weight=network.get_submodule(layer.spec.name).get_parameter("weight"),
+        ).to(device)
+        for layer in layers
+    }
+    originals = replace_modules(network, modules)
+    try:
+        yield ReferenceModel(network, index, timesteps)
+    finally:
+        replace_modules(network, originals)
+
+
+def _quantized_weight(layer: QuantizedLayer) -> Tensor:
+    qparams = QParams(
+        torch.from_numpy(layer.weight_scale), torch.from_numpy(layer.weight_zero_point.astype(np.float32))
+    )
+    return dequantized_weight(layer.spec, torch.from_numpy(layer.codes.astype(np.float32)), qparams)
+
+
+def _scaled(layer: QuantizedLayer, weight: Tensor | None, tau: Tensor) -> Tensor:
+    if weight is None:
+        raise ValueError(f"layer {layer.spec.name}: the float weight is needed")
+    weight = weight.detach().cpu()
+    return (weight_matrix(layer.spec, weight) * tau_columns(layer.spec, tau)).view(weight.shape)
+
+
+def record_layers(
+    reference: ReferenceModel, sample: Tensor, timestep: float, conditioning: Mapping[str, Tensor]
+) -> tuple[dict[str, LayerValues], Tensor]:
+    """One evaluation with what every quantized layer saw and said, and the prediction."""
+    seen: dict[str, LayerValues] = {}
+
+    def note(module: ReferenceLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
+        codes = module.codes(args[0]).cpu().numpy().astype(np.uint8)
+        seen[module.spec.name] = LayerValues(args[0].cpu().numpy(), codes, output.cpu().numpy())
+
+    layers = [module for module in reference.network.modules() if isinstance(module, ReferenceLayer)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        prediction = reference(sample, timestep, **conditioning)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, prediction

@@ -1,0 +1,243 @@
+"""Runs the model once and says of every layer what it is, when it runs and whether it will be quantized."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from calib.families import example_conditioning
+from calib.model import SourceModel, predict
+from dmq_export.bits import Bits
+from dmq_export.coverage import Coverage, FloatLayer
+from dmq_export.errors import ModelError
+from dmq_export.layer import LayerSpec, Scheme
+
+KINDS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}
+OTHER_WEIGHTED = (nn.Embedding, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a layer: its input's shape, and the channels of each tensor if the input is a concat."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers whose weights are rounded together: all quantized layers below the module ``name``."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one run of the model shows."""
+
+    coverage: Coverage
+    blocks: tuple[Block, ...]
+
+
+class _Concats(TorchFunctionMode):
+    """Remembers which tensors came out of ``torch.cat``, and of what sizes they were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Tensor, int, tuple[int, ...]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+            sizes = tuple(tensor.shape[axis] for tensor in (args[0] if args else kwargs["tensors"]))  # type: ignore[index]
+            self.made.append((result, axis % result.dim(), sizes))
+        return result
+
+    def parts(self, tensor: Tensor, axis: int) -> tuple[int, ...]:
+        """The sizes along ``axis`` of the tensors that ``tensor`` was concatenated from."""
+        for made, made_axis, sizes in self.made:
+            if made is tensor and made_axis == axis % tensor.dim():
+                return sizes
+        return (tensor.shape[axis],)
+
+
+def observe(source: SourceModel) -> list[Call]:
+    """Every run of a Conv or Linear during one evaluation, in order.
+
+    Raises:
+        ModelError: the model does not run on inputs of the shapes its configuration states.
+    """
+    calls: list[Call] = []
+    concats = _Concats()
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        x = args[0]
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        calls.append(Call(name, tuple(x.shape), concats.parts(x, axis)))
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: note(module, args, name))
+        for name, module in source.network.named_modules()
+        if type(module) in KINDS
+    ]
+    device = next(source.network.parameters()).device
+    conditioning = example_conditioning(source.config, batch=2)
+    try:
+        with torch.no_grad(), concats:
+            sample = torch.zeros(2, *source.sample_shape, device=device)
+            on_device = {name: value.to(device) for name, value in conditioning.items()}
+            predict(source.network, sample, torch.tensor(1, device=device), on_device)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{source.class_name} does not run on inputs of the shapes in its config.json: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequence[str]) -> Survey:
+    """Decide layer by layer what is quantized.
+
+    Args:
+        float_patterns: the user's name patterns of layers to leave float.
+
+    Raises:
+        ModelError: a pattern matches no layer, or nothing is left to quantize.
+    """
+    calls = {call.name: call for call in observe(source)}
+    floats = _float_layers(source, list(calls.values()), float_patterns)
+    left_float = {layer.name for layer in floats}
+    specs = tuple(
+        _spec(source.network.get_submodule(name), call, bits, scheme)
+        for name, call in calls.items()
+        if name not in left_float
+    )
+    if not specs:
+        raise ModelError("no layer is left to quantize: see --float-layer and the model's layers")
+    return Survey(Coverage(specs, floats), _blocks(source, specs))
+
+
+def _float_layers(
+    source: SourceModel, calls: list[Call], float_patterns: Sequence[str]
+) -> tuple[FloatLayer, ...]:
+    """The layers that are not quantized, each with the reason."""
+    counts = Counter(call.name for call in calls)
+    modules = {name: module for name, module in source.network.named_modules() if _is_layer(module)}
+    obstacles = {name: why for name, module in modules.items() if (why := _obstacle(module, counts[name]))}
+    embeddings = [name for name in modules if _matches(name, source.family.float_layers)]
+    wanted = dict.fromkeys(embeddings, "time or label embedding")
+    candidates = [call.name for call in calls if call.name not in wanted | obstacles]
+    if candidates:
+        wanted |= {candidates[-1]: "last layer", candidates[0]: "first layer"}
+    wanted = _excluded(candidates, float_patterns) | wanted
+    reasons = obstacles | wanted
+    products = [name for name, module in source.network.named_modules() if type(module).__name__ == "Attention"]
+    return (
+        *(
+            FloatLayer(name, _kind(modules[name]), _size(modules[name]), reason, by_design=name in wanted)
+            for name, reason in reasons.items()
+        ),
+        *(FloatLayer(name, "q·k, softmax·v", 0, "attention products", by_design=True) for name in products),
+    )
+
+
+def _excluded(candidates: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
+    """The layers the user leaves float."""
+    excluded: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in candidates if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ModelError(
+                f"--float-layer {pattern!r} matches no layer that would be quantized: patterns match whole "
+                f"names, such as {candidates[0] if candidates else 'conv_in'}"
+            )
+        excluded |= dict.fromkeys(matched, f"--float-layer {pattern}")
+    return excluded
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module) in KINDS or isinstance(module, OTHER_WEIGHTED)
+
+
+def _obstacle(module: nn.Module, runs: int) -> str | None:
+    """Why a layer of this kind, run so often, cannot be quantized; None where it can."""
+    if type(module) not in KINDS:
+        return f"{type(module).__name__} is not supported"
+    if runs != 1:
+        return "never runs" if runs == 0 else f"runs {runs} times per step"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding mode {module.padding_mode}"
+    return None
+
+
+def _spec(module: nn.Module, call: Call, bits: Bits, scheme: Scheme) -> LayerSpec:
+    if isinstance(module, nn.Linear):
+        return LayerSpec(call.name, "linear", module.out_features, call.parts, bits, scheme=scheme)
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        raise TypeError(f"{call.name} is a {type(module).__name__}")
+    return LayerSpec(
+        name=call.name,
+        kind="conv1d" if isinstance(module, nn.Conv1d) else "conv2d",
+        out_channels=module.out_channels,
+        # a grouped convolution mixes no channels across groups, so a split would buy nothing
+        parts=call.parts if module.groups == 1 else (module.in_channels,),
+        bits=bits,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=_padding(module),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        scheme=scheme,
+    )
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+    """Zeros on either side per axis; ``same`` is only symmetric for odd kernels."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if isinstance(module.padding, str):
+        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(r % 2 for r in reach):
+            raise ModelError("padding 'same' of an even kernel is not supported: use --float-layer")
+        return tuple(r // 2 for r in reach)
+    return tuple(module.padding)
+
+
+def _blocks(source: SourceModel, specs: Sequence[LayerSpec]) -> tuple[Block, ...]:
+    """The outermost modules of the family's block classes, and each layer outside any as its own block."""
+    blocks: dict[str, list[str]] = {}
+    for spec in specs:
+        path = spec.name.split(".")
+        above = [".".join(path[:depth]) for depth in range(1, len(path))]
+        inside = (
+            name
+            for name in above
+            if type(source.network.get_submodule(name)).__name__ in source.family.block_classes
+        )
+        blocks.setdefault(next(inside, spec.name), []).append(spec.name)
+    return tuple(Block(name, tuple(layers)) for name, layers in blocks.items())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kind(module: nn.Module) -> str:
+    return KINDS.get(type(module), type(module).__name__)
+
+
+def _size(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0

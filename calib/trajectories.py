@@ -1,0 +1,150 @@
+"""The calibration set: what the float network sees on its way from noise to samples, in one pass.
+
+The sampler runs once per sample and every step of it is recorded, so ``T`` evaluations a sample; restarting
+it for each step, as the method's published code does, takes ``T (T + 1) / 2``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.model import SourceModel, predict
+from dmq_export.noise import initial_noise
+from dmq_export.sampling import Evaluation, Guidance, sample
+from dmq_export.schedulers import build_scheduler, step_options
+from dmq_export.seeds import stream_seed
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How trajectories are drawn.
+
+    Attributes:
+        scheduler: a name of :data:`dmq_export.schedulers.SCHEDULERS`, or None for the model's own.
+        steps: of the scheduler.
+        eta: DDIM's noise share; the paper's unconditional and class-conditional results used 1.
+        guidance_scale: classifier-free guidance, or None for none.
+    """
+
+    scheduler: str | None = None
+    steps: int = 20
+    eta: float = 0.0
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told besides the noisy sample, each ``[S, ...]`` by argument name.
+
+    Attributes:
+        given: for the samples.
+        unconditional: the same for guidance's other branch; empty without guidance.
+    """
+
+    given: Mapping[str, Tensor]
+    unconditional: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Recorded evaluations of the float network, on the CPU.
+
+    With guidance every sample has two rows in the ``N`` axis, of the conditional and the unconditional branch.
+
+    Attributes:
+        timesteps: the distinct timesteps in sampling order, ``[T]``. One that the scheduler visits twice
+            (PNDM) has one row, of its last visit.
+        inputs: what the network was given, ``[T, N, ...]``.
+        predictions: what it answered, ``[T, N, ...]``.
+        conditioning: by argument name, each ``[N, ...]``.
+        samples: the final samples, ``[S, ...]``.
+    """
+
+    timesteps: Tensor
+    inputs: Tensor
+    predictions: Tensor
+    conditioning: Mapping[str, Tensor]
+    samples: Tensor
+
+
+def record_trajectories(
+    source: SourceModel,
+    settings: SamplerSettings,
+    conditioning: Conditioning,
+    *,
+    count: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Trajectories:
+    """Sample ``count`` trajectories from noise; sample ``i`` depends on ``seed`` and ``i`` alone.
+
+    Args:
+        advance: called with the number of evaluations done, for progress.
+
+    Raises:
+        DmqError: the scheduler cannot be built, or does not take ``eta``.
+    """
+    batches = [
+        _record_batch(source, settings, conditioning, range(start, min(start + BATCH, count)), seed, advance)
+        for start in range(0, count, BATCH)
+    ]
+    first = batches[0]
+    return Trajectories(
+        timesteps=first.timesteps,
+        inputs=torch.cat([batch.inputs for batch in batches], dim=1),
+        predictions=torch.cat([batch.predictions for batch in batches], dim=1),
+        conditioning={key: torch.cat([batch.conditioning[key] for batch in batches]) for key in first.conditioning},
+        samples=torch.cat([batch.samples for batch in batches]),
+    )
+
+
+def _record_batch(
+    source: SourceModel,
+    settings: SamplerSettings,
+    conditioning: Conditioning,
+    indices: range,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Trajectories:
+    device = next(source.network.parameters()).device
+    scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps)
+    visited: dict[float, Evaluation] = {}
+
+    def note(evaluation: Evaluation) -> None:
+        visited.pop(float(evaluation.timestep), None)
+        visited[float(evaluation.timestep)] = evaluation
+        advance(len(evaluation.sample))
+
+    rows = slice(indices.start, indices.stop)
+    given = {key: value[rows].to(device) for key, value in conditioning.given.items()}
+    guidance = None
+    if settings.guidance_scale is not None:
+        without = {key: value[rows].to(device) for key, value in conditioning.unconditional.items()}
+        guidance = Guidance(settings.guidance_scale, without, torch.cat)
+    generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
+
+    def denoise(x: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
+        return predict(source.network, x, timestep.to(device), inputs)
+
+    with torch.no_grad():
+        samples = sample(
+            denoise,
+            torch.from_numpy(initial_noise(source.sample_shape, indices, seed)).to(device),
+            scheduler,
+            given,
+            guidance=guidance,
+            step_options=step_options(scheduler, eta=settings.eta, generators=generators),
+            callback=note,
+        )
+    evaluations = list(visited.values())
+    return Trajectories(
+        timesteps=torch.tensor(list(visited), dtype=torch.float32),
+        inputs=torch.stack([evaluation.sample.cpu() for evaluation in evaluations]),
+        predictions=torch.stack([evaluation.prediction.cpu() for evaluation in evaluations]),
+        conditioning={key: value.cpu() for key, value in evaluations[0].conditioning.items()},
+        samples=samples.cpu(),
+    )
