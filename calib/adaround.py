@@ -4,7 +4,7 @@ Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). A block is fitted o
 rounded model before it produces, against the outputs of the float model. Activations stay float.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ BATCH = 32
 CONFIDENCE = 0.7  # how far a weight starts towards the code it already has
 
 
-class _Enough(Exception):
+class _BlockDone(Exception):  # noqa: N818 - control flow, like StopIteration
     """The block has run: the rest of the network need not."""
 
 
@@ -130,9 +130,7 @@ def _fit_block(
     iterations: int,
     seed: int,
 ) -> list[QuantizedLayer]:
-    soft = {
-        layer.spec.name: SoftLayer(layer, weight_of(network.get_submodule(layer.spec.name))) for layer in layers
-    }
+    soft = {layer.spec.name: SoftLayer(layer, weight_of(network.get_submodule(layer.spec.name))) for layer in layers}
     logits = [layer.logit for layer in soft.values()]
     optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -152,13 +150,14 @@ def _fit_block(
     return [layer.hardened() for layer in soft.values()]
 
 
-def _regularizer(layers: Any, progress: float) -> Tensor | float:
+def _regularizer(layers: Iterable[SoftLayer], progress: float) -> Tensor:
     """Pulls every ``h`` to 0 or 1, ever more sharply; ``progress`` runs from 0 to 1."""
     if progress < WARM_UP:
-        return 0.0
+        return torch.zeros(())
     remaining = (1 - progress) / (1 - WARM_UP)
     beta = BETA_END + (BETA_START - BETA_END) * remaining
-    return sum(REGULARIZER * (1 - (2 * layer.up() - 1).abs().pow(beta)).sum() for layer in layers)
+    penalties = [(1 - (2 * layer.up() - 1).abs().pow(beta)).sum() for layer in layers]
+    return REGULARIZER * torch.stack(penalties).sum()
 
 
 def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> BlockCalls:
@@ -167,7 +166,7 @@ def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> B
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append((args, kwargs, _first_tensor(output)))
-        raise _Enough
+        raise _BlockDone
 
     device = next(network.parameters()).device
     conditioning = {key: value.to(device) for key, value in trajectories.conditioning.items()}
@@ -177,7 +176,7 @@ def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> B
             for timestep, x in zip(trajectories.timesteps, trajectories.inputs, strict=True):
                 try:
                     predict(network, x.to(device), timestep.to(device), conditioning)
-                except _Enough:
+                except _BlockDone:
                     continue
     finally:
         handle.remove()

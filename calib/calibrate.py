@@ -89,9 +89,7 @@ def _require_full_coverage(surveyed: Survey) -> None:
             )
 
 
-def calibrated(
-    source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress
-) -> Checkpoint:
+def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress) -> Checkpoint:
     """The checkpoint of ``source``, in memory.
 
     Raises:
@@ -168,9 +166,7 @@ def _fit_layers(
     for specs in _passes(surveyed.coverage.quantized, limits.capture_bytes):
         evaluations = calibration.inputs.shape[0] * calibration.inputs.shape[1]
         with progress.stage("layer inputs", evaluations, "evaluation") as advance:
-            inputs = capture_inputs(
-                source.network, calibration, specs, seed=recipe.seed, advance=advance
-            )
+            inputs = capture_inputs(source.network, calibration, specs, seed=recipe.seed, advance=advance)
         with progress.stage("layer fits", len(specs), "layer") as advance:
             for spec in specs:
                 module = source.network.get_submodule(spec.name)

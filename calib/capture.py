@@ -44,9 +44,7 @@ class LayerInputs:
 
 
 @contextmanager
-def _inputs_seen(
-    network: nn.Module, visit: Mapping[str, Callable[[Tensor, int], None]], step: int
-) -> Iterator[None]:
+def _inputs_seen(network: nn.Module, visit: Mapping[str, Callable[[Tensor, int], None]], step: int) -> Iterator[None]:
     handles = [
         network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], step))
         for name, see in visit.items()

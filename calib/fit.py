@@ -96,9 +96,7 @@ def _weight_qparams(spec: LayerSpec, scaled: Tensor, recipe: Recipe) -> QParams:
     return grid_qparams(spec, scaled) if recipe.weight_grid else minmax_qparams(spec, scaled)
 
 
-def _activation_qparams(
-    spec: LayerSpec, scaled: Tensor, inputs: LayerInputs, tau: Tensor, recipe: Recipe
-) -> QParams:
+def _activation_qparams(spec: LayerSpec, scaled: Tensor, inputs: LayerInputs, tau: Tensor, recipe: Recipe) -> QParams:
     span = activation_range(spec, inputs.extrema, tau, static=recipe.scales == "static")
     if recipe.clip:
         span = clip_range(spec, scaled, inputs, tau, span)

@@ -69,6 +69,11 @@ def expand_parts(spec: LayerSpec, values: Tensor) -> Tensor:
     return values.repeat_interleave(sizes, dim=-1)
 
 
+def split_parts(spec: LayerSpec, matrix: Tensor) -> tuple[Tensor, ...]:
+    """The columns of each part: ``[O, C / groups, K]`` to ``P`` times ``[O, C_p / groups, K]``."""
+    return torch.split(matrix, list(spec.parts), dim=1) if len(spec.parts) > 1 else (matrix,)
+
+
 def weight_columns(spec: LayerSpec, values: Tensor) -> Tensor:
     """Values per part and output ``[P, O]`` so that they broadcast over ``[O, C / groups, K]``."""
     if len(spec.parts) == 1:

@@ -84,8 +84,7 @@ def _denoiser_folder(folder: Path) -> Path:
     found = [folder / name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()]
     if not found:
         raise ModelError(
-            f"{folder} is not a diffusers model: it has no config.json, unet/config.json or "
-            "transformer/config.json"
+            f"{folder} is not a diffusers model: it has no config.json, unet/config.json or transformer/config.json"
         )
     return found[0]
 
@@ -109,7 +108,7 @@ def _network(denoiser: Path, class_name: str) -> nn.Module:
             f"{denoiser}/config.json names {class_name!r}, which is no model of diffusers {diffusers.__version__}"
         )
     try:
-        network: nn.Module = model_class.from_pretrained(
+        network: nn.Module = model_class.from_pretrained(  # type: ignore[no-untyped-call]
             str(denoiser), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own

@@ -19,8 +19,8 @@ def activation_range(spec: LayerSpec, extrema: Extrema, tau: Tensor, *, static: 
     it does not follow a single outlier, but it does not depend on the order of the samples. Exact for any
     ``tau``, since the extrema are kept per channel. Differentiable in ``tau``.
     """
-    low = (extrema.low / tau).split(spec.parts, dim=-1)
-    high = (extrema.high / tau).split(spec.parts, dim=-1)
+    low = torch.split(extrema.low / tau, list(spec.parts), dim=-1)
+    high = torch.split(extrema.high / tau, list(spec.parts), dim=-1)
     lows = torch.stack([part.amin(-1).mean(0) for part in low], dim=-1)
     highs = torch.stack([part.amax(-1).mean(0) for part in high], dim=-1)
     if static:

@@ -11,6 +11,7 @@ Rounding = Literal["nearest", "gptq", "adaround"]
 Scales = Literal["per-step", "static"]
 PtsLayers = Literal["skip", "all", "none"]
 Preset = Literal["fast", "balanced", "paper"]
+W4A8 = Bits(4, 8)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Recipe:
         seed: of everything random.
     """
 
-    bits: Bits = Bits(4, 8)
+    bits: Bits = W4A8
     samples: int = 256
     steps: int = 20
     scheduler: str | None = None

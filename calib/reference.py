@@ -185,3 +185,21 @@ def record_layers(
         for handle in handles:
             handle.remove()
     return seen, prediction
+
+
+@contextmanager
+def perturbed(reference: ReferenceModel, relative: float, *, seed: int) -> Iterator[None]:
+    """While the block runs, every quantized layer's input is changed by ``+-relative``, signs at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        signs = torch.randint(0, 2, args[0].shape, generator=generator).to(args[0]) * 2 - 1
+        return (args[0] * (1 + relative * signs), *args[1:])
+
+    layers = [module for module in reference.network.modules() if isinstance(module, ReferenceLayer)]
+    handles = [layer.register_forward_pre_hook(disturb) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -9,7 +9,6 @@ from calib.layer_op import product, weight_columns, weight_matrix
 from dmq_export.layer import LayerSpec
 
 
-
 def round_weight(spec: LayerSpec, weight: Tensor, qparams: QParams, x: Tensor, *, learned: bool) -> Tensor:
     """Codes of ``weight = W * tau``, in its own shape.
 
@@ -39,7 +38,7 @@ def dequantized_weight(spec: LayerSpec, codes: Tensor, qparams: QParams) -> Tens
 
 
 def output_error(spec: LayerSpec, weight: Tensor, rounded: Tensor, x: Tensor) -> float:
-    """Squared output error of ``rounded`` against ``weight`` over the patches ``x``, relative to the output's energy."""
+    """Squared output error of ``rounded`` against ``weight`` over the patches ``x``, as a share of the output's."""
     target = product(spec, x, weight_matrix(spec, weight))
     error = product(spec, x, weight_matrix(spec, rounded - weight))
     return float(error.square().sum() / target.square().sum().clamp(min=torch.finfo(x.dtype).tiny))

@@ -116,8 +116,9 @@ def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequ
     Raises:
         ModelError: a pattern matches no layer, or nothing is left to quantize.
     """
-    calls = {call.name: call for call in observe(source)}
-    floats = _float_layers(source, list(calls.values()), float_patterns)
+    runs = observe(source)
+    calls = {call.name: call for call in runs}
+    floats = _float_layers(source, runs, float_patterns)
     left_float = {layer.name for layer in floats}
     specs = tuple(
         _spec(source.network.get_submodule(name), call, bits, scheme)
@@ -129,16 +130,14 @@ def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequ
     return Survey(Coverage(specs, floats), _blocks(source, specs))
 
 
-def _float_layers(
-    source: SourceModel, calls: list[Call], float_patterns: Sequence[str]
-) -> tuple[FloatLayer, ...]:
+def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequence[str]) -> tuple[FloatLayer, ...]:
     """The layers that are not quantized, each with the reason."""
     counts = Counter(call.name for call in calls)
     modules = {name: module for name, module in source.network.named_modules() if _is_layer(module)}
     obstacles = {name: why for name, module in modules.items() if (why := _obstacle(module, counts[name]))}
     embeddings = [name for name in modules if _matches(name, source.family.float_layers)]
     wanted = dict.fromkeys(embeddings, "time or label embedding")
-    candidates = [call.name for call in calls if call.name not in wanted | obstacles]
+    candidates = [name for name in dict.fromkeys(call.name for call in calls) if name not in wanted | obstacles]
     if candidates:
         wanted |= {candidates[-1]: "last layer", candidates[0]: "first layer"}
     wanted = _excluded(candidates, float_patterns) | wanted
@@ -222,9 +221,7 @@ def _blocks(source: SourceModel, specs: Sequence[LayerSpec]) -> tuple[Block, ...
         path = spec.name.split(".")
         above = [".".join(path[:depth]) for depth in range(1, len(path))]
         inside = (
-            name
-            for name in above
-            if type(source.network.get_submodule(name)).__name__ in source.family.block_classes
+            name for name in above if type(source.network.get_submodule(name)).__name__ in source.family.block_classes
         )
         blocks.setdefault(next(inside, spec.name), []).append(spec.name)
     return tuple(Block(name, tuple(layers)) for name, layers in blocks.items())

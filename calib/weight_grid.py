@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calib.fake_quant import QParams, Range, choose_qparams, fake_quantize
-from calib.layer_op import weight_columns, weight_matrix
+from calib.layer_op import split_parts, weight_columns, weight_matrix
 from dmq_export.layer import LayerSpec
 
 CANDIDATES = 80
@@ -18,7 +18,7 @@ def weight_range(spec: LayerSpec, weight: Tensor) -> Range:
     Differentiable in ``weight [O, C / groups, *kernel]``.
     """
     matrix = weight_matrix(spec, weight)
-    parts = matrix.split(spec.parts, dim=1) if len(spec.parts) > 1 else (matrix,)
+    parts = split_parts(spec, matrix)
     low = torch.stack([part.amin((1, 2)) for part in parts])
     high = torch.stack([part.amax((1, 2)) for part in parts])
     return Range(low.clamp(max=0), high.clamp(min=0))
@@ -51,5 +51,4 @@ def _row_errors(spec: LayerSpec, weight: Tensor, qparams: QParams) -> Tensor:
     matrix = weight_matrix(spec, weight)
     columns = QParams(*(weight_columns(spec, values) for values in qparams))
     error = (fake_quantize(matrix, columns, spec.bits.weight) - matrix).abs().pow(ERROR_EXPONENT)
-    parts = error.split(spec.parts, dim=1) if len(spec.parts) > 1 else (error,)
-    return torch.stack([part.sum((1, 2)) for part in parts])
+    return torch.stack([part.sum((1, 2)) for part in split_parts(spec, error)])

@@ -28,7 +28,7 @@ class NodeBuilder:
         full = f"{self.prefix}/{name}"
         tensor = ir.tensor(np.ascontiguousarray(value), name=full)
         initializer = ir.Value(
-            name=full, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=full, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         self.graph.register_initializer(initializer)
         return initializer

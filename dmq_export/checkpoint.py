@@ -7,7 +7,7 @@ the same seed. No pickles.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -205,24 +205,23 @@ def _checkpoint(facts: dict[str, Any], tensors: Tensors) -> Checkpoint:
 
 
 def _spec(entry: dict[str, Any]) -> LayerSpec:
-    spec = LayerSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-    return replace(spec, bits=Bits(**entry["bits"]))
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    fields["bits"] = Bits(**entry["bits"])
+    return LayerSpec(**fields)
 
 
 def _layers(specs: list[LayerSpec], tensors: Tensors) -> tuple[QuantizedLayer, ...]:
     layers, column = [], 0
     for spec in specs:
-        arrays = _below(f"layer/{spec.name}/", tensors)
+        arrays: dict[str, Any] = {"bias": None} | _below(f"layer/{spec.name}/", tensors)
         if spec.bits.weight <= 4:
             arrays["codes"] = unpack_nibbles(arrays["codes"], spec.weight_shape)
         columns = slice(column, column + len(spec.parts))
         arrays |= {table: tensors[f"activation/{table}"][:, columns] for table in ("scale", "zero_point")}
-        layers.append(QuantizedLayer(spec, **({"bias": None} | arrays)))
+        layers.append(QuantizedLayer(spec, **arrays))
         column = columns.stop
     return tuple(layers)
 
 
 def _below(prefix: str, tensors: Tensors) -> Tensors:
-    return {
-        name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

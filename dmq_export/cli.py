@@ -80,7 +80,7 @@ seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="dmq-export")
 def main() -> None:
-    """Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
+    r"""Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
 
     \b
     dmq-export quickstart                            the whole road on the bundled model
@@ -115,9 +115,16 @@ def main() -> None:
 @click.option("--fresh", is_flag=True, help="Replace an existing checkpoint.")
 @json_option
 def calibrate(
-    model: str, output: Path, preset: Preset, device: str, strict: bool, fresh: bool, as_json: bool, **settings: Any
+    model: str,
+    output: Path,
+    preset: Preset,
+    device: Any,
+    strict: bool,
+    fresh: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
+    r"""Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
 
     \b
     dmq-export calibrate digits -o ckpt --bits w4a6 --null-label 10
@@ -158,9 +165,7 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
 @seed_option
 @click.option("--npz", type=FOLDER, help="Also write the raw samples there.")
-def sample(
-    engine: Path, output: Path, backend: Any, reference: str | None, npz: Path | None, **settings: Any
-) -> None:
+def sample(engine: Path, output: Path, backend: Any, reference: str | None, npz: Path | None, **settings: Any) -> None:
     """Draw pictures from ENGINE: an ONNX file, or a checkpoint folder (the PyTorch reference)."""
     from dmq_export.commands.sample import SampleSettings, sample_engine
     from dmq_export.progress import Progress

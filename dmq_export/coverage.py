@@ -48,12 +48,10 @@ class Coverage:
     def table(self) -> str:
         """The whole list, one row a layer."""
         rows: list[Sequence[str]] = [
-            (spec.name, spec.kind, f"{_parameters(spec):,}", str(spec.bits), _parts(spec))
-            for spec in self.quantized
+            (spec.name, spec.kind, f"{_parameters(spec):,}", str(spec.bits), _parts(spec)) for spec in self.quantized
         ]
         rows += [
-            (layer.name, layer.kind, f"{layer.parameters:,}", "float", layer.reason)
-            for layer in self.float_layers
+            (layer.name, layer.kind, f"{layer.parameters:,}", "float", layer.reason) for layer in self.float_layers
         ]
         return table(("layer", "kind", "parameters", "bits", "note"), rows, right=(2,))
 

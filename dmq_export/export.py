@@ -47,11 +47,13 @@ def save_onnx(model: ir.Model, path: Path) -> None:
 
 def serialized(model: ir.Model) -> bytes:
     """The model as a runtime takes it from memory."""
-    return ir.to_proto(model).SerializeToString()
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
 
 
 def layer_bytes(model: ir.Model, layers: tuple[QuantizedLayer, ...]) -> int:
     """Bytes of all initializers that belong to quantized layers: codes, scales, zero points, tables, biases."""
     prefixes = tuple(f"{layer.spec.name}/" for layer in layers)
-    tensors = (value.const_value for value in model.graph.initializers.values() if value.name.startswith(prefixes))
+    initializers = model.graph.initializers.items()
+    tensors = (value.const_value for name, value in initializers if name.startswith(prefixes))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

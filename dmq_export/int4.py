@@ -16,7 +16,7 @@ def pack_nibbles(codes: Codes) -> Codes:
     if flat.size and flat.max() > 15:
         raise ValueError(f"code {flat.max()} does not fit four bits")
     padded = np.append(flat, np.zeros(flat.size % 2, np.uint8))
-    return padded[0::2] | padded[1::2] << 4
+    return (padded[0::2] | padded[1::2] << 4).astype(np.uint8)
 
 
 def unpack_nibbles(packed: Codes, shape: tuple[int, ...]) -> Codes:

@@ -33,7 +33,10 @@ def float_tensors(network: nn.Module, quantized: set[str]) -> dict[str, NDArray[
     Buffers that a state dict leaves out (positional tables, for one) are included: the network is rebuilt
     without running its initialisation.
     """
-    named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    named = [
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    ]
     outside = {name: tensor for name, tensor in named if name.rpartition(".")[0] not in quantized}
     return {name: _numpy(tensor) for name, tensor in outside.items()}
 

@@ -106,9 +106,7 @@ def _activation_qparams(
     return scale, input_scale, _of_step(builder, layer, "zero_point", layer.zero_point, row)
 
 
-def _of_step(
-    builder: NodeBuilder, layer: QuantizedLayer, name: str, table: NDArray[Any], row: ir.Value
-) -> ir.Value:
+def _of_step(builder: NodeBuilder, layer: QuantizedLayer, name: str, table: NDArray[Any], row: ir.Value) -> ir.Value:
     """The current row of ``table [T, P]``, spread over the channels ``[C]``."""
     parts = builder.op("Gather", [builder.constant(f"{name}_table", table), row], {"axis": 0}, name=f"{name}_parts")
     if len(layer.spec.parts) == 1:
@@ -152,9 +150,7 @@ def _weight(builder: NodeBuilder, layer: QuantizedLayer) -> ir.Value:
             builder.constant(f"weight_scale{suffix}", layer.weight_scale[part]),
             builder.constant(f"weight_zero_point{suffix}", layer.weight_zero_point[part].astype(container)),
         ]
-        pieces.append(
-            builder.op("DequantizeLinear", operands, {"axis": int(linear)}, name=f"weight{suffix}")
-        )
+        pieces.append(builder.op("DequantizeLinear", operands, {"axis": int(linear)}, name=f"weight{suffix}"))
     if len(pieces) == 1:
         return pieces[0]
     return builder.op("Concat", pieces, {"axis": int(not linear)}, name="weight")

@@ -27,8 +27,7 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
     if class_name is None:
         raise DmqError(
-            "the model has no scheduler/scheduler_config.json: name one with --scheduler "
-            f"({', '.join(SCHEDULERS)})"
+            f"the model has no scheduler/scheduler_config.json: name one with --scheduler ({', '.join(SCHEDULERS)})"
         )
     scheduler_class = getattr(diffusers, str(class_name), None)
     if scheduler_class is None:
@@ -49,8 +48,6 @@ def step_options(scheduler: Any, *, eta: float, generators: Sequence[Any]) -> di
     """
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
-        raise DmqError(
-            f"eta {eta} was asked for, but {type(scheduler).__name__} takes none: use --scheduler ddim"
-        )
+        raise DmqError(f"eta {eta} was asked for, but {type(scheduler).__name__} takes none: use --scheduler ddim")
     options: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
     return {**options, "eta": eta} if "eta" in accepted else options

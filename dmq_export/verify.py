@@ -56,10 +56,7 @@ class LayerCheck:
         if self.output_error > TOLERANCE:
             return f"layer {self.name}: output differs by {self.output_error:.1e} (allowed {TOLERANCE:.0e})"
         if self.input_error > TOLERANCE:
-            return (
-                f"layer {self.name}: the graph before it differs by {self.input_error:.1e} "
-                f"(allowed {TOLERANCE:.0e})"
-            )
+            return f"layer {self.name}: the graph before it differs by {self.input_error:.1e} (allowed {TOLERANCE:.0e})"
         return None
 
 

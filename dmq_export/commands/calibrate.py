@@ -66,7 +66,13 @@ class Calibration:
 
 
 def calibrate_model(
-    model: str, output: Path, recipe: Recipe, *, device: Device = "auto", strict: bool = False, fresh: bool = False
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    *,
+    device: Device = "auto",
+    strict: bool = False,
+    fresh: bool = False,
 ) -> Calibration:
     """Calibrate a diffusers folder or a bundled model by name.
 

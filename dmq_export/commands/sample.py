@@ -142,11 +142,11 @@ def save_samples(samples: Samples, labels: list[int] | None, path: Path) -> None
     Raises:
         DmqError: the path cannot be written.
     """
-    arrays: dict[str, NDArray[Any]] = {"samples": samples}
-    if labels is not None:
-        arrays["labels"] = np.array(labels)
     with atomic_file(path) as scratch, scratch.open("wb") as stream:
-        np.savez(stream, **arrays)
+        if labels is None:
+            np.savez(stream, samples=samples)
+        else:
+            np.savez(stream, samples=samples, labels=np.array(labels))
 
 
 def sample_engine(
