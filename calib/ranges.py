@@ -8,7 +8,7 @@ from calib.fake_quant import QParams, Range, choose_qparams, fake_quantize
 from calib.layer_op import expand_parts, product, weight_matrix
 from dmq_export.layer import LayerSpec
 
-CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(13))  # 1.00 .. 0.40
+CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(1, 13))  # 0.95 .. 0.40
 CLIP_ROWS = 4096  # patches the clipping search looks at
 
 
@@ -31,8 +31,8 @@ def activation_range(spec: LayerSpec, extrema: Extrema, tau: Tensor, *, static: 
 def clip_range(spec: LayerSpec, weight: Tensor, inputs: LayerInputs, tau: Tensor, span: Range) -> Range:
     """``span`` shrunk by the factors that lose least of the layer's output, one pair per part.
 
-    Both ends are shrunk together first, then each on its own. One factor serves all steps: there are too few
-    patches of a single step to choose for it alone.
+    Both ends are shrunk together first, then each on its own, in steps of 5 % for as long as the loss falls. One
+    factor serves all steps: there are too few patches of a single step to choose for it alone.
 
     Args:
         weight: ``W * tau``, ``[O, C / groups, *kernel]``.
@@ -46,11 +46,16 @@ def clip_range(spec: LayerSpec, weight: Tensor, inputs: LayerInputs, tau: Tensor
         rounded = quantized_patches(spec, x, step, qparams)
         return product(spec, rounded - x, matrix).square().sum()
 
-    best = span
+    best, least = span, loss(span).item()
     for part in range(len(spec.parts)):
         for ends in ((True, True), (True, False), (False, True)):
-            candidates = [_shrunk(best, part, factor, ends) for factor in CLIP_FACTORS]
-            best = min(candidates, key=lambda candidate: loss(candidate).item())
+            start = best
+            for factor in CLIP_FACTORS:
+                candidate = _shrunk(start, part, factor, ends)
+                error = loss(candidate).item()
+                if error >= least:
+                    break
+                best, least = candidate, error
     return best
 
 

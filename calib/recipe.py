@@ -57,7 +57,7 @@ class Recipe:
     les_iterations: int = 500
     les_learning_rate: float = 1e-2
     les_batch: int = 256
-    timestep_alpha: float = 20.0
+    timestep_alpha: float = 0.0
     clip: bool = True
     pts_layers: PtsLayers = "skip"
     pts_kappa: float = 0.85
@@ -91,6 +91,7 @@ PRESETS: dict[Preset, Recipe] = {
         eta=1.0,
         les_iterations=6000,
         les_learning_rate=1e-3,
+        timestep_alpha=20.0,
         rounding="adaround",
         round_iterations=20000,
         clip=False,

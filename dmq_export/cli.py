@@ -104,6 +104,7 @@ def main() -> None:
 @preset_option("--guidance-scale", field="guidance_scale", type=float, help="Classifier-free guidance.")
 @preset_option("--rounding", field="rounding", type=choice(Rounding), help="Of the weights.")
 @preset_option("--les-iters", field="les_iterations", type=click.IntRange(min=0), help="Equivalent scaling.")
+@preset_option("--timestep-alpha", field="timestep_alpha", type=click.FloatRange(min=0), help="Adaptive step weight.")
 @preset_option("--round-iters", field="round_iterations", type=click.IntRange(min=0), help="AdaRound, per block.")
 @preset_option("--activation-scheme", field="scheme", type=choice(Scheme), help="Zero point free or fixed.")
 @preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")

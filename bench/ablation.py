@@ -1,0 +1,148 @@
+"""What each element of the method is worth on the bundled model.
+
+    python bench/ablation.py                       # three seeds, about 40 minutes on two cores
+    python bench/ablation.py --seeds 1 --bits w4a6
+
+Prints, for every recipe, the SQNR of the noise prediction (mean over steps, and worst step) on held-out
+trajectories and the PSNR of final samples against float, as mean +- standard deviation over the seeds. The first
+table climbs from min-max quantization to the default; the second takes one element away from the default, or
+swaps it. Seeds change the calibration set and everything drawn from it; the held-out set changes with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from calib.calibrate import Limits, calibrated
+from calib.model import SourceModel, load_model
+from calib.recipe import Recipe, recipe_from
+from calib.reference import load_reference
+from calib.survey import survey
+from dmq_export.bits import Bits
+from dmq_export.bundled import BUNDLED
+from dmq_export.checkpoint import Checkpoint
+from dmq_export.commands.sample import Engine, SampleSettings, draw_samples
+from dmq_export.progress import Progress
+from dmq_export.table import table
+from engines.images import psnr
+
+NO_LABEL = 10
+PICTURES = 64
+
+DEFAULT = replace(recipe_from("fast"), null_label=NO_LABEL, check_samples=32)
+MIN_MAX = replace(DEFAULT, weight_grid=False, les_iterations=0, clip=False, pts_layers="none", rounding="nearest")
+GRID = replace(MIN_MAX, weight_grid=True)
+LES = replace(GRID, les_iterations=DEFAULT.les_iterations, timestep_alpha=0.0)
+WEIGHTED = replace(LES, timestep_alpha=20.0)
+PTS = replace(WEIGHTED, pts_layers="skip")
+GPTQ = replace(PTS, rounding="gptq")
+ADAROUND = replace(PTS, rounding="adaround", round_iterations=600)
+
+LADDER = {
+    "min-max, round to nearest": MIN_MAX,
+    "+ weight grid": GRID,
+    "+ LES": LES,
+    "+ timestep weighting (alpha 20)": WEIGHTED,
+    "+ PTS on shortcuts": PTS,
+    "+ second-order rounding": GPTQ,
+    "+ AdaRound after it": ADAROUND,
+}
+VARIATIONS = {
+    "default": DEFAULT,
+    "without the weight grid": replace(DEFAULT, weight_grid=False),
+    "without LES": replace(DEFAULT, les_iterations=0),
+    "with timestep weighting (alpha 20)": replace(DEFAULT, timestep_alpha=20.0),
+    "without clipping": replace(DEFAULT, clip=False),
+    "without PTS": replace(DEFAULT, pts_layers="none"),
+    "PTS on all layers": replace(DEFAULT, pts_layers="all"),
+    "round to nearest": replace(DEFAULT, rounding="nearest"),
+    "with AdaRound": replace(DEFAULT, rounding="adaround", round_iterations=600),
+    "static activation ranges": replace(DEFAULT, scales="static"),
+    "symmetric activations": replace(DEFAULT, scheme="symmetric"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One calibration."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Score:
+    """Its quality in dB."""
+
+    sqnr_mean: float
+    sqnr_worst: float
+    psnr: float
+
+
+def score(task: Task) -> Score:
+    """Calibrate and measure."""
+    torch.set_num_threads(1)
+    source = load_model(BUNDLED / "digits", torch.device("cpu"))
+    recipe = task.recipe
+    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
+    sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
+    expected, drawn = _pictures(source, checkpoint)
+    return Score(float(np.mean(sqnr)), min(sqnr), psnr(expected, drawn))
+
+
+def _pictures(source: SourceModel, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    """Final samples of the float model and of the reference from the same noise."""
+    from calib.model import predict
+
+    def denoise(x: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return predict(source.network, x, torch.as_tensor(timestep), conditioning)
+
+    settings = SampleSettings(count=PICTURES, seed=1000 + checkpoint.recipe["seed"], null_label=NO_LABEL, batch=64)
+    for network in (denoise, load_reference(checkpoint, torch.device("cpu"))):
+        engine = Engine("", network, checkpoint.model.config, checkpoint.model.scheduler, checkpoint.recipe["steps"])
+        yield draw_samples(engine, settings, Progress(show=False))
+
+
+def show(title: str, names: Sequence[str], scores: dict[str, list[Score]]) -> None:
+    """One table."""
+    columns = ("sqnr_mean", "sqnr_worst", "psnr")
+    rows = [(name, *(_spread([getattr(s, c) for s in scores[name]]) for c in columns)) for name in names]
+    print("\n" + table((title, "SQNR mean", "SQNR worst step", "PSNR"), rows, right=(1, 2, 3)), flush=True)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bits", nargs="+", default=["w4a8", "w4a6"])
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    for bits in options.bits:
+        recipes = {f"{bits}: {name}": recipe for name, recipe in (LADDER | VARIATIONS).items()}
+        tasks = [
+            Task(name, replace(recipe, bits=Bits.parse(bits), seed=seed))
+            for name, recipe in recipes.items()
+            for seed in range(options.seeds)
+        ]
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            results = pool.map(score, tasks, chunksize=1)
+        scores: dict[str, list[Score]] = {}
+        for task, result in zip(tasks, results, strict=True):
+            scores.setdefault(task.name, []).append(result)
+        for title, group in ((f"{bits}, climbing", LADDER), (f"{bits}, default changed", VARIATIONS)):
+            show(title, list(group), {name: scores[f"{bits}: {name}"] for name in group})
+
+
+if __name__ == "__main__":
+    main()
