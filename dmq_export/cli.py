@@ -27,6 +27,9 @@ class Group(click.Group):
             return super().invoke(ctx)
         except DmqError as error:
             message, status = str(error), error.exit_code
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else ctx.command_path
+            message, status = f"{error.format_message()} (see {where} -h)", error.exit_code
         except OSError as error:
             message, status = f"{error.strerror}: {error.filename}", DmqError.exit_code
         click.echo(f"Error: {message}", err=True)

@@ -139,18 +139,29 @@ def _operator(builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value) -> ir.Va
 def _weight(builder: NodeBuilder, layer: QuantizedLayer) -> ir.Value:
     """``w^``: ``[O, C / groups, *kernel]``, for a linear layer ``[C, O]``; parts joined along the inputs."""
     spec = layer.spec
-    linear = spec.kind == "linear"
-    container = ml_dtypes.uint4 if spec.bits.weight <= 4 else np.uint8
-    pieces = []
-    for part, channels in enumerate(spec.part_slices()):
-        codes = layer.codes[:, channels] if len(spec.parts) > 1 else layer.codes
-        suffix = f"_{part}" if len(spec.parts) > 1 else ""
-        operands = [
-            builder.constant(f"weight_codes{suffix}", (codes.T if linear else codes).astype(container)),
-            builder.constant(f"weight_scale{suffix}", layer.weight_scale[part]),
-            builder.constant(f"weight_zero_point{suffix}", layer.weight_zero_point[part].astype(container)),
-        ]
-        pieces.append(builder.op("DequantizeLinear", operands, {"axis": int(linear)}, name=f"weight{suffix}"))
-    if len(pieces) == 1:
+    split = len(spec.parts) > 1
+    pieces = [
+        _dequantized(builder, layer, part, channels if split else slice(None), f"_{part}" if split else "")
+        for part, channels in enumerate(spec.part_slices())
+    ]
+    if not split:
         return pieces[0]
-    return builder.op("Concat", pieces, {"axis": int(not linear)}, name="weight")
+    return builder.op("Concat", pieces, {"axis": 0 if spec.kind == "linear" else 1}, name="weight")
+
+
+def _dequantized(builder: NodeBuilder, layer: QuantizedLayer, part: int, channels: slice, suffix: str) -> ir.Value:
+    """``w^`` of one part."""
+    linear, four_bits = layer.spec.kind == "linear", layer.spec.bits.weight <= 4
+    container = ml_dtypes.uint4 if four_bits else np.uint8
+    matrix = layer.codes[:, channels].T if linear else layer.codes[:, channels]
+    codes = builder.constant(f"weight_codes{suffix}", matrix.astype(container))
+    zero_point = builder.constant(f"weight_zero_point{suffix}", layer.weight_zero_point[part].astype(container))
+    scale = builder.constant(f"weight_scale{suffix}", layer.weight_scale[part])
+    axis = {"axis": int(linear)}
+    if four_bits or not linear:
+        return builder.op("DequantizeLinear", [codes, scale, zero_point], axis, name=f"weight{suffix}")
+    # ONNX Runtime (1.31) would fuse 8-bit weights into an integer MatMul that then refuses the activation's
+    # zero point per channel; with the scale in a Mul of its own the arithmetic is the same and nothing fuses
+    ones = builder.constant(f"weight_unit{suffix}", np.ones_like(layer.weight_scale[part]))
+    steps = builder.op("DequantizeLinear", [codes, ones, zero_point], axis, name=f"weight_steps{suffix}")
+    return builder.op("Mul", [steps, scale], name=f"weight{suffix}")

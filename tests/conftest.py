@@ -1,0 +1,37 @@
+"""What many tests share: a tiny model's folder, its checkpoint, and its export, made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY_RECIPE, save_tiny_model
+
+from calib.calibrate import Limits, calibrate
+from dmq_export.checkpoint import load_checkpoint
+from dmq_export.commands.onnx import export_onnx
+from dmq_export.progress import Progress
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    calibrate(tiny_model, folder, TINY_RECIPE, Limits(torch.device("cpu")), Progress(show=False))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_checkpoint_folder: Path):
+    return load_checkpoint(tiny_checkpoint_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_checkpoint_folder: Path) -> Path:
+    path = tiny_checkpoint_folder.parent / "model.onnx"
+    export_onnx(tiny_checkpoint_folder, path, Progress(show=False))
+    return path
