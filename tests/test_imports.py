@@ -1,0 +1,84 @@
+"""Who may import whom, and what the command line must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"dmq_export", "calib", "engines"}
+HOMES = {  # heavy library -> packages that may import it
+    "torch": {"calib"},
+    "diffusers": {"calib"},
+    "onnx": {"dmq_export"},
+    "onnx_ir": {"dmq_export"},
+    "onnxruntime": {"engines"},
+    "openvino": {"engines"},
+    "tensorrt": {"engines"},
+    "polygraphy": {"engines"},
+}
+# the exporter traces a torch module and builds diffusers' module tree; it does so inside functions
+EXCEPTIONS = {
+    ("dmq_export/trace.py", "torch"),
+    ("dmq_export/network.py", "torch"),
+    ("dmq_export/network.py", "diffusers"),
+    ("dmq_export/schedulers.py", "diffusers"),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level packages that ``path`` imports at run time, anywhere in the file."""
+    names = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def is_command(path: Path) -> bool:
+    """The command line sees all three packages."""
+    return path.name == "cli.py" or path.parent.name == "commands"
+
+
+@pytest.mark.parametrize(("package", "allowed"), [("calib", {"dmq_export"}), ("engines", {"dmq_export"})])
+def test_a_package_imports_only_what_the_arrows_allow(package: str, allowed: set[str]) -> None:
+    for path in modules(package):
+        assert imports_of(path) & OURS <= allowed | {package}, path
+
+
+def test_dmq_export_imports_neither_calib_nor_engines_outside_the_commands() -> None:
+    for path in modules("dmq_export"):
+        if not is_command(path):
+            assert not imports_of(path) & {"calib", "engines"}, path
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_heavy_library_stays_at_home(library: str) -> None:
+    for package in OURS - HOMES[library]:
+        for path in modules(package):
+            allowed = is_command(path) or (path.relative_to(ROOT).as_posix(), library) in EXCEPTIONS
+            assert allowed or library not in imports_of(path), path
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["calibrate", "-h"], ["onnx", "-h"], ["sample", "-h"], ["--version"]])
+def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
+    block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'onnx', 'onnx_ir', 'onnxruntime']))"
+    code = f"{block}; from dmq_export.cli import main; main({arguments!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
