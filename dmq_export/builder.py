@@ -26,7 +26,7 @@ class NodeBuilder:
     def constant(self, name: str, value: NDArray[Any]) -> ir.Value:
         """An initializer."""
         full = f"{self.prefix}/{name}"
-        tensor = ir.tensor(np.ascontiguousarray(value), name=full)
+        tensor = ir.tensor(np.asarray(value, order="C"), name=full)
         initializer = ir.Value(
             name=full, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )

@@ -182,7 +182,7 @@ def _tensors(checkpoint: Checkpoint) -> Tensors:
     probe = checkpoint.probe
     tensors |= {f"probe/{name}": getattr(probe, name) for name in ("timesteps", "sample", "prediction")}
     tensors |= {f"probe/conditioning/{name}": value for name, value in probe.conditioning.items()}
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return {name: np.asarray(value, order="C") for name, value in tensors.items()}
 
 
 def _checkpoint(facts: dict[str, Any], tensors: Tensors) -> Checkpoint:

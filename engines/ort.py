@@ -60,7 +60,7 @@ class OnnxSession:
         expected = self._inputs[name]
         if name not in inputs:
             raise DmqError(f"input {name} is missing: the model takes {', '.join(self._inputs)}")
-        value = np.ascontiguousarray(inputs[name], NUMPY_TYPES.get(expected.type)).reshape(np.shape(inputs[name]))
+        value = np.asarray(inputs[name], NUMPY_TYPES.get(expected.type), order="C")
         if value.ndim != len(expected.shape):
             raise DmqError(f"input {name} has shape {list(value.shape)}, the model takes {expected.shape}")
         return value

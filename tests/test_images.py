@@ -74,7 +74,8 @@ def test_psnr_of_equal_pictures_is_finite() -> None:
 def test_like_stands_under_like(tmp_path: Path) -> None:
     rows = {"float": gradient(3), "w4a8": gradient(3)[..., ::-1].copy()}
     save_grid(rows, tmp_path / "grid.png", columns=2)
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    with Image.open(tmp_path / "grid.png") as picture:
+        grid = np.asarray(picture)
     tile = 48  # 16 pixels enlarged three times
     assert grid.shape == (4 * tile + 4, CAPTION + 2 * tile, 3)  # two bands of two lines
     first = grid[0:tile, CAPTION : CAPTION + tile]

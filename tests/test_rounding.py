@@ -1,0 +1,108 @@
+"""Weight codes of one layer, and what they stand for."""
+
+import numpy as np
+import pytest
+import torch
+from layers import SPECS, conv2d, linear, random_input, random_layer
+from reference import along, dequantize_weight, operate
+
+from calib.fake_quant import QParams
+from calib.layer_op import take_patches
+from calib.rounding import dequantized_weight, output_error, round_weight
+from calib.weight_grid import minmax_qparams
+from dmq_export.layer import LayerSpec
+
+
+def random_weight(spec: LayerSpec, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(spec.weight_shape))
+
+
+def correlated_patches(spec: LayerSpec, seed: int = 0, count: int = 300) -> torch.Tensor:
+    """``[M, C, K]``; every number shares a part with all the others."""
+    rng = np.random.default_rng(seed)
+    taps = int(np.prod(spec.kernel))
+    x = rng.standard_normal((count, spec.in_channels, taps)) + 2 * rng.standard_normal((count, 1, 1))
+    return torch.from_numpy(x)
+
+
+def numpy_nearest(spec: LayerSpec, weight: np.ndarray, qparams: QParams) -> np.ndarray:
+    codes = np.empty(weight.shape, np.int64)
+    parts = spec.part_slices() if len(spec.parts) > 1 else [slice(None)]
+    for part, scale, zero_point in zip(parts, qparams.scale.numpy(), qparams.zero_point.numpy(), strict=True):
+        scale, zero_point = (along(values, weight.ndim, 0) for values in (scale, zero_point))
+        codes[:, part] = np.clip(np.rint(weight[:, part] / scale) + zero_point, 0, 2**spec.bits.weight - 1)
+    return codes
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_nearest_equals_numpy(name: str) -> None:
+    spec = SPECS[name]
+    weight = random_weight(spec)
+    scale, zero_point = minmax_qparams(spec, weight)
+    qparams = QParams(scale * 0.7, zero_point)  # some weights are out of reach
+    codes = round_weight(spec, weight, qparams, correlated_patches(spec), learned=False)
+    np.testing.assert_array_equal(codes, numpy_nearest(spec, weight.numpy(), qparams))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_learned_codes_are_integers_in_range_and_lose_less_on_the_patches(name: str) -> None:
+    spec = SPECS[name]
+    weight, x = random_weight(spec), correlated_patches(spec)
+    qparams = minmax_qparams(spec, weight)
+    learned, nearest = (round_weight(spec, weight, qparams, x, learned=how) for how in (True, False))
+    assert learned.shape == weight.shape
+    assert torch.equal(learned, learned.round().clamp(0, 2**spec.bits.weight - 1))
+    errors = [output_error(spec, weight, dequantized_weight(spec, codes, qparams), x) for codes in (learned, nearest)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_each_group_is_rounded_as_a_layer_of_its_own(groups: int) -> None:
+    spec = conv2d(parts=(6,), groups=groups)
+    alone = conv2d(parts=(6 // groups,), out_channels=6 // groups)
+    weight, x = random_weight(spec), correlated_patches(spec)
+    qparams = minmax_qparams(spec, weight)
+    codes = round_weight(spec, weight, qparams, x, learned=True)
+    for group in range(groups):
+        rows = slice(group * (6 // groups), (group + 1) * (6 // groups))
+        own = QParams(*(values[:, rows] for values in qparams))
+        assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, x[:, rows], learned=True))
+
+
+def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None:
+    spec = conv2d(parts=(6,), groups=6)
+    weight, x = random_weight(spec).float(), correlated_patches(spec).float()
+    x[:, 2] = 0
+    qparams = minmax_qparams(spec, weight)
+    codes = round_weight(spec, weight, qparams, x, learned=True)
+    assert torch.equal(codes[2], round_weight(spec, weight, qparams, x, learned=False)[2])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_dequantized_weights_equal_the_oracle(name: str) -> None:
+    layer = random_layer(SPECS[name])
+    qparams = QParams(*(torch.from_numpy(v.astype(float)) for v in (layer.weight_scale, layer.weight_zero_point)))
+    weight = dequantized_weight(layer.spec, torch.from_numpy(layer.codes.astype(float)), qparams)
+    np.testing.assert_array_equal(weight, dequantize_weight(layer))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_output_error_is_the_operators(name: str) -> None:
+    """Over all output positions of an input, patches drawn or not: a constant input has one patch only."""
+    spec = SPECS[name]
+    if spec.kind != "linear":
+        spec = conv2d(**{**vars(spec), "padding": (0,) * len(spec.padding)})
+    x = np.ones_like(random_input(spec), np.float64) * np.arange(1, spec.in_channels + 1).reshape(
+        along(np.ones(spec.in_channels), 3 if spec.kind == "linear" else 2 + len(spec.kernel), spec.channel_axis).shape
+    )
+    weight, other = random_weight(spec), random_weight(spec, 1)
+    target, changed = (operate(spec, x, w.numpy()) for w in (weight, other))
+    patches = take_patches(spec, torch.from_numpy(x), 3, torch.Generator())
+    expected = ((changed - target) ** 2).sum() / (target**2).sum()
+    assert output_error(spec, weight, other, patches) == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_weights_have_no_output_error() -> None:
+    weight, x = random_weight(linear()), correlated_patches(linear())
+    assert output_error(linear(), weight, weight.clone(), x) == 0
+    assert output_error(linear(), weight, weight.clone(), 0 * x) == 0
