@@ -146,6 +146,10 @@ def conditioning_for(source: SourceModel, recipe: Recipe, count: int) -> Conditi
     """
     if recipe.guidance_scale is not None and recipe.null_label is None:
         raise ModelError("guidance needs the label that stands for no label: give --null-label")
+    if source.config.get("cross_attention_dim") is not None:
+        raise ModelError(
+            f"{source.class_name} is told what to draw by text embeddings, which calibrate cannot give yet"
+        )
     labels = labels_for(source.config, recipe.labels, recipe.null_label, count)
     if labels is None:
         return Conditioning({}, {})

@@ -68,7 +68,8 @@ def load_model(folder: Path, device: torch.device) -> SourceModel:
 
 def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
     """One evaluation: ``sample [N, ...]``, ``timestep [] or [N]`` to the prediction ``[N, ...]``."""
-    output = network(sample, timestep, **conditioning, return_dict=False)
+    per_sample = timestep.expand(len(sample))  # transformers insist on one timestep per sample
+    output = network(sample, per_sample, **conditioning, return_dict=False)
     prediction: Tensor = output[0]
     return prediction
 

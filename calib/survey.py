@@ -97,9 +97,10 @@ def observe(source: SourceModel) -> list[Call]:
             sample = torch.zeros(2, *source.sample_shape, device=device)
             on_device = {name: value.to(device) for name, value in conditioning.items()}
             predict(source.network, sample, torch.tensor(1, device=device), on_device)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the model raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{source.class_name} does not run on inputs of the shapes in its config.json: {error}"
+            f"{source.class_name} does not run on inputs of the shapes in its config.json: {reason}"
         ) from error
     finally:
         for handle in handles:

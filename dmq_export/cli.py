@@ -156,7 +156,8 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("engine", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, required=True, help="PNG file to write.")
+@click.option("-o", "--output", type=FOLDER, help="PNG file to write.")
+@click.option("--npz", type=FOLDER, help="Raw samples (and labels) to write.")
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "torch"]), default="auto", help="To run on.")
 @click.option("--reference", metavar="MODEL", help="Float model to sample beside, from the same noise.")
 @click.option("--num", "count", type=click.IntRange(min=1), default=20, help="Samples.")
@@ -168,8 +169,9 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
 @click.option("--null-label", type=int, help="The label that stands for no label.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
 @seed_option
-@click.option("--npz", type=FOLDER, help="Also write the raw samples there.")
-def sample(engine: Path, output: Path, backend: Any, reference: str | None, npz: Path | None, **settings: Any) -> None:
+def sample(
+    engine: Path, output: Path | None, backend: Any, reference: str | None, npz: Path | None, **settings: Any
+) -> None:
     """Draw pictures from ENGINE: an ONNX file, or a checkpoint folder (the PyTorch reference)."""
     from dmq_export.commands.sample import SampleSettings, sample_engine
     from dmq_export.progress import Progress
@@ -177,7 +179,8 @@ def sample(engine: Path, output: Path, backend: Any, reference: str | None, npz:
     psnr = sample_engine(
         engine, output, SampleSettings(**settings), Progress(), backend=backend, reference=reference, npz=npz
     )
-    click.echo(f"{output}" if psnr is None else f"{output}  PSNR against float {psnr:.2f} dB")
+    written = "  ".join(str(path) for path in (output, npz) if path is not None)
+    click.echo(written if psnr is None else f"{written}  PSNR against float {psnr:.2f} dB")
 
 
 @main.command()

@@ -78,7 +78,7 @@ def _positional(network: nn.Module, names: list[str]) -> nn.Module:
 
         def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
             named = {name: conditioning[name] for name in names}
-            output: Tensor = self.network(sample, timestep, **named, return_dict=False)[0]
+            output: Tensor = self.network(sample, timestep.expand(sample.shape[0]), **named, return_dict=False)[0]
             return output
 
     return Positional().eval()

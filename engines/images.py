@@ -16,6 +16,27 @@ Samples = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 
+def require_pictures(channels: int) -> None:
+    """Refuse samples that no picture can show.
+
+    Raises:
+        DmqError: they have neither one channel nor three.
+    """
+    if channels not in (1, 3):
+        raise DmqError(f"samples of {channels} channels are latents, not pictures: save them with --npz, without -o")
+
+
+def require_finite(samples: Samples) -> None:
+    """Refuse samples ``[N, ...]`` with NaN or infinity in them.
+
+    Raises:
+        CheckFailedError: naming the first such sample.
+    """
+    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+    if not finite.all():
+        raise CheckFailedError(f"sample {int(np.argmin(finite))} holds NaN or infinity")
+
+
 def to_pixels(samples: Samples) -> Pixels:
     """``[N, C, H, W]`` in -1..1 to ``[N, H, W, 3]`` in 0..255.
 
@@ -23,12 +44,8 @@ def to_pixels(samples: Samples) -> Pixels:
         DmqError: the samples are latents, not pictures of one or three channels.
         CheckFailedError: a sample is not finite, or shows nothing but one colour.
     """
-    channels = samples.shape[1]
-    if channels not in (1, 3):
-        raise DmqError(f"samples of {channels} channels are latents, not pictures: save them with --npz")
-    finite = np.isfinite(samples).all(axis=(1, 2, 3))
-    if not finite.all():
-        raise CheckFailedError(f"sample {int(np.argmin(finite))} holds NaN or infinity")
+    require_pictures(samples.shape[1])
+    require_finite(samples)
     pixels = np.rint((samples.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
     constant = pixels.max(axis=(1, 2, 3)) == pixels.min(axis=(1, 2, 3))
     if constant.any():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from calib.recipe import Recipe
 from dmq_export.bits import Bits
@@ -31,5 +31,43 @@ def tiny_unet() -> UNet2DModel:
 def save_tiny_model(folder: Path) -> Path:
     """``folder/unet`` and ``folder/scheduler``, as a diffusers pipeline has them."""
     tiny_unet().save_pretrained(folder / "unet")
+    return _with_scheduler(folder)
+
+
+def save_tiny_transformer(folder: Path) -> Path:
+    """A class-conditional DiT on 4-channel latents that predicts its variance too."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+    )
+    transformer.save_pretrained(folder / "transformer")
+    return _with_scheduler(folder)
+
+
+def save_tiny_conditional(folder: Path) -> Path:
+    """A UNet with cross-attention, as Stable Diffusion's."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=12,
+    )
+    unet.save_pretrained(folder / "unet")
+    return _with_scheduler(folder)
+
+
+def _with_scheduler(folder: Path) -> Path:
     DDIMScheduler(num_train_timesteps=100, steps_offset=1).save_pretrained(folder / "scheduler")
     return folder

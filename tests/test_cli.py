@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from models import save_tiny_conditional, save_tiny_transformer
 from PIL import Image
 
 from dmq_export.cli import main
@@ -67,6 +68,22 @@ def test_calibrate_onnx_sample(tiny_model: Path, out: Path) -> None:
     assert drawn[0].shape == (4, 1, 8, 8)
     # both run the same arithmetic from the same noise; they differ by what flips at rounding ties
     assert np.abs(drawn[0] - drawn[1]).mean() < 0.05 * drawn[0].std()
+
+
+def test_a_transformer_on_latents_goes_the_same_road(out: Path) -> None:
+    model = save_tiny_transformer(out / "dit")
+    assert run("calibrate", model, "-o", out / "ckpt", *TINY).exit_code == 0
+    assert "all codes equal" in run("onnx", out / "ckpt", "-o", out / "model.onnx").stdout
+    assert_refused(run("sample", out / "model.onnx", "-o", out / "p.png"), "4 channels are latents, not pictures")
+    assert run("sample", out / "model.onnx", "--npz", out / "s.npz", "--num", 2).exit_code == 0
+    assert np.load(out / "s.npz")["samples"].shape == (2, 4, 8, 8)
+
+
+def test_a_model_that_wants_text_is_refused(out: Path) -> None:
+    model = save_tiny_conditional(out / "sd")
+    assert_refused(
+        run("calibrate", model, "-o", out / "ckpt", *TINY), "UNet2DConditionModel is told what to draw by text"
+    )
 
 
 def test_calibrate_reports_json(tiny_model: Path, out: Path) -> None:
@@ -195,12 +212,13 @@ def test_sample_refuses_bad_settings(tiny_onnx: Path, out: Path, options: list[s
     assert list(out.iterdir()) == []
 
 
-def test_sample_refuses_what_is_no_engine(out: Path, tmp_path: Path) -> None:
+def test_sample_refuses_what_is_no_engine(tiny_onnx: Path, out: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
     foreign = Path(__file__).parents[1] / "dmq_export/models/digits/classifier.onnx"
     assert_refused(run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file or")
     assert_refused(run("sample", garbage, "-o", out / "p.png"), f"ONNX Runtime cannot load {garbage}")
+    assert_refused(run("sample", tiny_onnx), "nothing to write: give -o for a picture, or --npz")
     assert_refused(run("sample", foreign, "-o", out / "p.png"), "was not exported by dmq-export")
     assert list(out.iterdir()) == []
 

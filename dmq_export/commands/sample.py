@@ -151,7 +151,7 @@ def save_samples(samples: Samples, labels: list[int] | None, path: Path) -> None
 
 def sample_engine(
     engine_path: Path,
-    output: Path,
+    output: Path | None,
     settings: SampleSettings,
     progress: Progress,
     *,
@@ -162,6 +162,7 @@ def sample_engine(
     """Sample ``engine_path`` into the picture ``output``, with the float model's samples above if asked.
 
     Args:
+        output: None writes no picture.
         reference: the float model, a diffusers folder or a bundled model's name.
         npz: also write the raw samples there.
 
@@ -171,15 +172,21 @@ def sample_engine(
     Raises:
         DmqError: bad input; nothing is written then.
     """
-    from engines.images import psnr, save_grid
+    from engines.images import psnr, require_finite, require_pictures, save_grid
 
-    for path in (output, npz):
-        if path is not None:
-            require_writable(path)
+    outputs = [path for path in (output, npz) if path is not None]
+    if not outputs:
+        raise DmqError("there is nothing to write: give -o for a picture, or --npz for raw samples")
+    for path in outputs:
+        require_writable(path)
     engine = open_engine(engine_path, backend)
+    if output is not None:
+        require_pictures(sample_shape(engine.config)[0])
     rows = {} if reference is None else {"float": draw_samples(float_engine(reference, engine), settings, progress)}
     rows[engine.name] = draw_samples(engine, settings, progress)
-    save_grid(rows, output)
+    require_finite(rows[engine.name])
+    if output is not None:
+        save_grid(rows, output)
     if npz is not None:
         labels = labels_for(engine.config, settings.labels, settings.null_label, settings.count)
         save_samples(rows[engine.name], labels, npz)
