@@ -1,25 +1,30 @@
 """What each element of the method is worth on the bundled model.
 
     python bench/ablation.py                       # three seeds, about 40 minutes on two cores
-    python bench/ablation.py --seeds 1 --bits w4a6
+    python bench/ablation.py --seeds 1 --bits w4a6 # about 12 minutes
 
 Prints, for every recipe, the SQNR of the noise prediction (mean over steps, and worst step) on held-out
 trajectories and the PSNR of final samples against float, as mean +- standard deviation over the seeds. The first
 table climbs from min-max quantization to the default; the second takes one element away from the default, or
 swaps it. Seeds change the calibration set and everything drawn from it; the held-out set changes with them.
+
+Recipes that differ only after learned equivalent scaling share its fits, which are the same for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+import calib.fit
 from calib.calibrate import Limits, calibrated
+from calib.capture import LayerInputs
+from calib.les import LesResult, LesSettings
 from calib.model import SourceModel, load_model
 from calib.recipe import Recipe, recipe_from
 from calib.reference import load_reference
@@ -28,6 +33,7 @@ from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.sample import Engine, SampleSettings, draw_samples
+from dmq_export.layer import LayerSpec
 from dmq_export.progress import Progress
 from dmq_export.table import table
 from engines.images import psnr
@@ -70,10 +76,10 @@ VARIATIONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """One calibration."""
+    """All recipes at one bit width and seed."""
 
-    name: str
-    recipe: Recipe
+    bits: Bits
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,32 @@ class Score:
     psnr: float
 
 
-def score(task: Task) -> Score:
-    """Calibrate and measure."""
+def scores_of(task: Task) -> dict[str, Score]:
+    """Every recipe, one after the other."""
     torch.set_num_threads(1)
     source = load_model(BUNDLED / "digits", torch.device("cpu"))
-    recipe = task.recipe
+    calib.fit.fit_les = remembering(calib.fit.fit_les)
+    recipes = {name: replace(recipe, bits=task.bits, seed=task.seed) for name, recipe in (LADDER | VARIATIONS).items()}
+    return {name: score(source, recipe) for name, recipe in recipes.items()}
+
+
+def remembering(fit: Callable[..., LesResult]) -> Callable[..., LesResult]:
+    """``fit_les`` that fits the same layer with the same settings only once."""
+    known: dict[tuple[object, ...], LesResult] = {}
+
+    def remembered(
+        spec: LayerSpec, weight: torch.Tensor, inputs: LayerInputs, settings: LesSettings, **options: object
+    ) -> LesResult:
+        key = (spec, settings, *sorted(options.items()))
+        if key not in known:
+            known[key] = fit(spec, weight, inputs, settings, **options)
+        return known[key]
+
+    return remembered
+
+
+def score(source: SourceModel, recipe: Recipe) -> Score:
+    """Calibrate and measure."""
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
     sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
@@ -111,10 +138,10 @@ def _pictures(source: SourceModel, checkpoint: Checkpoint) -> Iterator[np.ndarra
         yield draw_samples(engine, settings, Progress(show=False))
 
 
-def show(title: str, names: Sequence[str], scores: dict[str, list[Score]]) -> None:
+def show(title: str, scores: dict[str, list[Score]]) -> None:
     """One table."""
     columns = ("sqnr_mean", "sqnr_worst", "psnr")
-    rows = [(name, *(_spread([getattr(s, c) for s in scores[name]]) for c in columns)) for name in names]
+    rows = [(name, *(_spread([getattr(s, c) for s in of_seeds]) for c in columns)) for name, of_seeds in scores.items()]
     print("\n" + table((title, "SQNR mean", "SQNR worst step", "PSNR"), rows, right=(1, 2, 3)), flush=True)
 
 
@@ -128,20 +155,13 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["w4a8", "w4a6"])
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    for bits in options.bits:
-        recipes = {f"{bits}: {name}": recipe for name, recipe in (LADDER | VARIATIONS).items()}
-        tasks = [
-            Task(name, replace(recipe, bits=Bits.parse(bits), seed=seed))
-            for name, recipe in recipes.items()
-            for seed in range(options.seeds)
-        ]
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            results = pool.map(score, tasks, chunksize=1)
-        scores: dict[str, list[Score]] = {}
-        for task, result in zip(tasks, results, strict=True):
-            scores.setdefault(task.name, []).append(result)
-        for title, group in ((f"{bits}, climbing", LADDER), (f"{bits}, default changed", VARIATIONS)):
-            show(title, list(group), {name: scores[f"{bits}: {name}"] for name in group})
+    tasks = [Task(Bits.parse(bits), seed) for bits in options.bits for seed in range(options.seeds)]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        results = pool.imap(scores_of, tasks)
+        for bits in options.bits:
+            of_seeds = [next(results) for _ in range(options.seeds)]
+            for title, group in ((f"{bits}, climbing", LADDER), (f"{bits}, default changed", VARIATIONS)):
+                show(title, {name: [scores[name] for scores in of_seeds] for name in group})
 
 
 if __name__ == "__main__":

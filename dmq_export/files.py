@@ -14,15 +14,15 @@ from dmq_export.errors import DmqError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A scratch path beside ``path`` that replaces it when the block ends without an error.
+    """A scratch path that replaces ``path`` when the block ends without an error.
 
-    The block may also write files beside the scratch path's name (ONNX external data): it gets a
-    directory of its own, and only the named file moves.
+    The scratch path lies in a folder of its own, so the block may write other files beside it; only the named
+    file moves.
 
     Raises:
-        DmqError: the folder does not exist or cannot be written.
+        DmqError: ``path`` is a folder, or its parent does not exist or cannot be written.
     """
-    require_writable(path)
+    require_file(path)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch / path.name
@@ -33,21 +33,33 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A scratch folder beside ``path`` that takes its place when the block ends without an error.
+    """A scratch folder that takes the place of ``path`` when the block ends without an error; links are followed.
 
     Raises:
-        DmqError: ``path`` exists and ``replace`` is not set, or its parent cannot be written.
+        DmqError: ``path`` exists and ``replace`` is not set, is the current folder, or its parent cannot be written.
     """
     require_free(path, replace=replace)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    scratch.chmod(0o755)  # mkdtemp's 0700 is for secrets
+    path = path.resolve()
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield scratch
+        (work / "new").mkdir()
+        yield work / "new"
         if path.exists():
-            shutil.rmtree(path)
-        scratch.rename(path)
+            path.rename(work / "old")
+        (work / "new").rename(path)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done.
+
+    Raises:
+        DmqError: as :func:`atomic_file`.
+    """
+    if path.is_dir():
+        raise DmqError(f"{path} is a folder; the output must be a file: choose another path")
+    require_writable(path)
 
 
 def require_free(path: Path, *, replace: bool) -> None:
@@ -56,7 +68,9 @@ def require_free(path: Path, *, replace: bool) -> None:
     Raises:
         DmqError: as :func:`atomic_folder`.
     """
-    require_writable(path)
+    if path.resolve() == Path.cwd():
+        raise DmqError(f"{path} is the current folder, which cannot be replaced: name a folder inside it")
+    require_writable(path.resolve() if path.is_symlink() else path)
     if path.exists() and not path.is_dir():
         raise DmqError(f"{path} is a file; the output must be a folder: choose another path")
     if path.exists() and any(path.iterdir()) and not replace:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.verification import Verification
 from dmq_export.commands.verification import verify as verify_graph
-from dmq_export.files import require_writable
+from dmq_export.files import require_file
 from dmq_export.layer import QuantizedLayer
 from dmq_export.progress import Progress
 from dmq_export.table import table
@@ -50,7 +50,7 @@ def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, ve
     """
     from dmq_export.export import layer_bytes, onnx_model, save_onnx
 
-    require_writable(output)
+    require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
     with progress.stage("ONNX", 1, "graph") as advance:
         model = onnx_model(checkpoint)

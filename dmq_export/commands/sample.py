@@ -15,7 +15,7 @@ from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.errors import DmqError
-from dmq_export.files import atomic_file, require_writable
+from dmq_export.files import atomic_file, require_file
 from dmq_export.noise import initial_noise
 from dmq_export.progress import Progress
 from dmq_export.sampling import Guidance, sample
@@ -178,7 +178,7 @@ def sample_engine(
     if not outputs:
         raise DmqError("there is nothing to write: give -o for a picture, or --npz for raw samples")
     for path in outputs:
-        require_writable(path)
+        require_file(path)
     engine = open_engine(engine_path, backend)
     if output is not None:
         require_pictures(sample_shape(engine.config)[0])
