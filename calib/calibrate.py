@@ -24,9 +24,8 @@ from calib.reference import quantized
 from calib.survey import Survey, survey
 from calib.trajectories import Conditioning, SamplerSettings, Trajectories, record_trajectories
 from dmq_export import __version__
-from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, save_checkpoint
+from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, require_place, save_checkpoint
 from dmq_export.errors import ModelError
-from dmq_export.files import require_free
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
@@ -69,7 +68,7 @@ def calibrate(
     Raises:
         DmqError: bad input; nothing is written then.
     """
-    require_free(output, replace=fresh)
+    require_place(output, replace_existing=fresh)
     source = load_model(model, limits.device)
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     if strict:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dmq_export.bits import Bits
 from dmq_export.coverage import Coverage, FloatLayer
 from dmq_export.errors import CheckpointError, DmqError
-from dmq_export.files import atomic_folder, read_json, sha256
+from dmq_export.files import atomic_folder, read_json, require_free, sha256
 from dmq_export.int4 import pack_nibbles, unpack_nibbles
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
@@ -87,6 +87,14 @@ class Checkpoint:
     metrics: Mapping[str, Any]
     versions: Mapping[str, str]
 
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            if len(layer.scale) not in (1, len(self.timesteps)):
+                raise CheckpointError(
+                    f"layer {layer.spec.name}: activation tables of {len(layer.scale)} rows, "
+                    f"1 or {len(self.timesteps)} (one per timestep) was expected"
+                )
+
     @property
     def coverage(self) -> Coverage:
         return Coverage(tuple(layer.spec for layer in self.layers), self.float_layers)
@@ -106,11 +114,23 @@ def save_checkpoint(
     """
     from safetensors.numpy import save_file
 
+    require_place(folder, replace_existing=replace_existing)
     with atomic_folder(folder, replace=replace_existing) as scratch:
         save_file(_tensors(checkpoint), scratch / TENSORS)
         facts = _facts(checkpoint) | {"tensors_sha256": sha256(scratch / TENSORS)}
         for name, content in ((FACTS, facts), (RUN, dict(run))):
             (scratch / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def require_place(folder: Path, *, replace_existing: bool) -> None:
+    """Refuse to write a checkpoint over anything but a checkpoint, before any work is done.
+
+    Raises:
+        DmqError: as :func:`save_checkpoint`.
+    """
+    require_free(folder, replace=replace_existing)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+        raise DmqError(f"{folder} is not empty and no checkpoint, so it is not replaced: choose another path")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -133,7 +153,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     tensors = _read_tensors(folder / TENSORS, str(facts.get("tensors_sha256")))
     try:
         return _checkpoint(facts, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (AttributeError, DmqError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {error}"
         raise CheckpointError(f"damaged checkpoint {folder}: {what}") from error
 
@@ -212,6 +234,11 @@ def _spec(entry: dict[str, Any]) -> LayerSpec:
 
 def _layers(specs: list[LayerSpec], tensors: Tensors) -> tuple[QuantizedLayer, ...]:
     layers, column = [], 0
+    width = sum(len(spec.parts) for spec in specs)
+    for table in ("scale", "zero_point") if specs else ():
+        shape = tensors[f"activation/{table}"].shape
+        if len(shape) != 2 or shape[1] != width:
+            raise CheckpointError(f"damaged checkpoint: activation/{table} is {list(shape)}, [T, {width}] was expected")
     for spec in specs:
         arrays: dict[str, Any] = {"bias": None} | _below(f"layer/{spec.name}/", tensors)
         if spec.bits.weight <= 4:

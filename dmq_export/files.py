@@ -36,7 +36,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder that takes the place of ``path`` when the block ends without an error; links are followed.
 
     Raises:
-        DmqError: ``path`` exists and ``replace`` is not set, is the current folder, or its parent cannot be written.
+        DmqError: ``path`` exists and ``replace`` is not set, holds the current folder, or its parent cannot be written.
     """
     require_free(path, replace=replace)
     path = path.resolve()
@@ -68,8 +68,8 @@ def require_free(path: Path, *, replace: bool) -> None:
     Raises:
         DmqError: as :func:`atomic_folder`.
     """
-    if path.resolve() == Path.cwd():
-        raise DmqError(f"{path} is the current folder, which cannot be replaced: name a folder inside it")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise DmqError(f"{path} is or holds the current folder, which cannot be replaced: name a folder inside it")
     require_writable(path.resolve() if path.is_symlink() else path)
     if path.exists() and not path.is_dir():
         raise DmqError(f"{path} is a file; the output must be a folder: choose another path")

@@ -51,6 +51,13 @@ class LayerSpec:
     groups: int = 1
     scheme: Scheme = "asymmetric"
 
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+            raise CheckpointError(
+                f"layer {self.name}: {self.in_channels} inputs and {self.out_channels} outputs do not make "
+                f"{self.groups} groups"
+            )
+
     @property
     def in_channels(self) -> int:
         return sum(self.parts)
