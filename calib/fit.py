@@ -63,7 +63,8 @@ def fit_layer(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: R
 def _equivalent_scaling(
     spec: LayerSpec, weight: Tensor, inputs: LayerInputs, recipe: Recipe, *, learned: bool
 ) -> LesResult:
-    gain = _rounding_gain(spec, weight, inputs) if learned and recipe.les_iterations else 1.0
+    wanted = learned and recipe.les_rounding_gain and recipe.les_iterations
+    gain = _rounding_gain(spec, weight, inputs) if wanted else 1.0
     settings = LesSettings(
         iterations=recipe.les_iterations,
         learning_rate=recipe.les_learning_rate,

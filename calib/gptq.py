@@ -22,8 +22,9 @@ def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> 
         qparams: scale and zero point of every weight, ``[O, n]``.
         moments: ``X X^T``, ``[n, n]``.
     """
-    damped = moments.clone()
-    damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny))
+    # the scale of the moments does not matter; normalised, inputs that are always zero leave the damping alone
+    damped = moments / moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
+    damped.diagonal().add_(DAMPING)
     order = damped.diagonal().argsort(descending=True, stable=True)
     back = order.argsort()
     ordered = QParams(qparams.scale[:, order], qparams.zero_point[:, order])

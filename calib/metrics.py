@@ -1,8 +1,8 @@
 """How far a quantized output is from the float one, in decibels."""
 
+import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from calib.trajectories import Trajectories
@@ -13,7 +13,9 @@ CEILING = 120.0  # dB: float32 itself is no better
 def decibels(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise ratio over all elements, at most :data:`CEILING`."""
     signal, noise = reference.square().sum().item(), (reference - other).square().sum().item()
-    return float(10 * torch.log10(torch.tensor(max(signal, 1e-30) / max(noise, signal * 1e-12, 1e-30))))
+    if noise <= signal * 10 ** (-CEILING / 10):
+        return CEILING
+    return 10 * math.log10(max(signal, 1e-30) / noise)
 
 
 def prediction_sqnr(denoise: Callable[..., Tensor], held_out: Trajectories) -> list[float]:

@@ -9,6 +9,7 @@ from calib.layer_op import expand_parts, product, weight_matrix
 from dmq_export.layer import LayerSpec
 
 CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(1, 13))  # 0.95 .. 0.40
+CLIP_PATIENCE = 2
 CLIP_ROWS = 4096  # patches the clipping search looks at
 
 
@@ -31,8 +32,8 @@ def activation_range(spec: LayerSpec, extrema: Extrema, tau: Tensor, *, static: 
 def clip_range(spec: LayerSpec, weight: Tensor, inputs: LayerInputs, tau: Tensor, span: Range) -> Range:
     """``span`` shrunk by the factors that lose least of the layer's output, one pair per part.
 
-    Both ends are shrunk together first, then each on its own, in steps of 5 % for as long as the loss falls. One
-    factor serves all steps: there are too few patches of a single step to choose for it alone.
+    Both ends are shrunk together first, then each on its own, in steps of 5 % until :data:`CLIP_PATIENCE` in a row
+    do not help. One factor serves all steps: there are too few patches of a single step to choose for it alone.
 
     Args:
         weight: ``W * tau``, ``[O, C / groups, *kernel]``.
@@ -49,13 +50,13 @@ def clip_range(spec: LayerSpec, weight: Tensor, inputs: LayerInputs, tau: Tensor
     best, least = span, loss(span).item()
     for part in range(len(spec.parts)):
         for ends in ((True, True), (True, False), (False, True)):
-            start = best
+            start, in_vain = best, 0
             for factor in CLIP_FACTORS:
                 candidate = _shrunk(start, part, factor, ends)
                 error = loss(candidate).item()
-                if error >= least:
+                best, least, in_vain = (candidate, error, 0) if error < least else (best, least, in_vain + 1)
+                if in_vain == CLIP_PATIENCE:
                     break
-                best, least = candidate, error
     return best
 
 

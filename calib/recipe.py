@@ -1,7 +1,7 @@
 """Every setting of a calibration, with its default; the presets; no torch, so that ``--help`` is instant."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
@@ -31,6 +31,7 @@ class Recipe:
         les_iterations: of learned equivalent scaling per layer; 0 leaves it out.
         les_learning_rate: of Adam, on the logarithm of the factors.
         les_batch: patches per iteration.
+        les_rounding_gain: weigh the weights' share of the loss by what learned rounding gains (:mod:`calib.les`).
         timestep_alpha: exponent of the adaptive timestep weight; 0 weighs all steps alike.
         clip: search the activation ranges by squared output error instead of min-max.
         pts_layers: which layers vote on power-of-two scaling.
@@ -57,6 +58,7 @@ class Recipe:
     les_iterations: int = 500
     les_learning_rate: float = 1e-2
     les_batch: int = 256
+    les_rounding_gain: bool = True
     timestep_alpha: float = 0.0
     clip: bool = True
     pts_layers: PtsLayers = "skip"
@@ -74,6 +76,20 @@ class Recipe:
         for name in ("samples", "steps", "check_samples", "les_batch"):
             if getattr(self, name) < 1:
                 raise DmqError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.les_iterations < 0 or self.timestep_alpha < 0:
+            raise DmqError("les_iterations and timestep_alpha must not be negative")
+        if not 0 <= self.pts_kappa <= 1:
+            raise DmqError(f"pts_kappa is {self.pts_kappa}: a share between 0 and 1 is needed")
+        for name, literal in (
+            ("rounding", Rounding),
+            ("scales", Scales),
+            ("pts_layers", PtsLayers),
+            ("scheme", Scheme),
+        ):
+            if getattr(self, name) not in get_args(literal):
+                raise DmqError(f"{name} is {getattr(self, name)!r}: one of {', '.join(get_args(literal))} is needed")
+        if self.rounding == "adaround" and self.round_iterations < 1:
+            raise DmqError("adaround needs iterations: set --round-iters, 20000 in the paper")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; bit widths as ``w4a8``."""
@@ -91,6 +107,7 @@ PRESETS: dict[Preset, Recipe] = {
         eta=1.0,
         les_iterations=6000,
         les_learning_rate=1e-3,
+        les_rounding_gain=False,
         timestep_alpha=20.0,
         rounding="adaround",
         round_iterations=20000,

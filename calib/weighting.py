@@ -23,16 +23,17 @@ class TimestepWeights:
     def update(self, loss: Tensor, step: Tensor) -> Tensor:
         """Take in ``loss [B]`` of rows at ``step [B]``; returns the weights ``lambda [B]`` of those rows."""
         loss = loss.detach()
-        steps = len(self.average)
         count = torch.zeros_like(self.average).index_add_(0, step, torch.ones_like(loss))
         mean = torch.zeros_like(self.average).index_add_(0, step, loss) / count.clamp(min=1)
         drawn = count > 0
         blended = torch.lerp(mean, self.average, self.momentum)
         self.average = torch.where(drawn, torch.where(self._seen, blended, mean), self.average)
         self._seen |= drawn
-        return self.weights()[step] if steps > 1 else torch.ones_like(loss)
+        return self.weights()[step]
 
     def weights(self) -> Tensor:
-        """``lambda [T]``, each in 0..1."""
+        """``lambda [T]``, each in 0..1; a single step, which has all the loss, weighs 1."""
+        if len(self.average) == 1:
+            return torch.ones_like(self.average)
         total = self.average.sum().clamp(min=torch.finfo(self.average.dtype).tiny)
         return (1 - self.average / total) ** self.alpha

@@ -11,6 +11,8 @@ from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.progress import Progress
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

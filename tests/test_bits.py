@@ -8,7 +8,7 @@ from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 
 
-@pytest.mark.parametrize(("weight", "activation"), product(range(3, 9), repeat=2))
+@pytest.mark.parametrize(("weight", "activation"), [*product(range(3, 9), repeat=2)])
 def test_every_supported_pair_round_trips_through_its_text(weight: int, activation: int) -> None:
     bits = Bits(weight, activation)
     assert str(bits) == f"w{weight}a{activation}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def fail_half_way(block: AbstractContextManager[Path], error: type[BaseException], name: str) -> None:
+    """Write ``name`` below the block's scratch path, then fail."""
+    with block as scratch:
+        (scratch / name).write_text("half")
+        raise error
+
+
 def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with atomic_file(path) as scratch:
@@ -37,18 +45,19 @@ def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
 def test_a_file_stays_as_it_was_when_its_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    with pytest.raises(error), atomic_file(path) as scratch:
-        scratch.write_bytes(b"half")
-        raise error
+    with pytest.raises(error):
+        fail_half_way(atomic_file(path), error, "")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["model.onnx"]
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"a longer old file")
-    with atomic_file(path) as scratch:
-        scratch.write_bytes(b"new")
+    with path.open("rb") as reader:
+        with atomic_file(path) as scratch:
+            scratch.write_bytes(b"new")
+        assert reader.read() == b"a longer old file"
     assert path.read_bytes() == b"new"
 
 
@@ -68,17 +77,17 @@ def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint"]
 
 
-def test_a_folder_can_be_read_by_others_as_an_ordinary_one(tmp_path: Path) -> None:
+def test_a_folder_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").mkdir()
     with atomic_folder(tmp_path / "checkpoint"):
         pass
-    assert (tmp_path / "checkpoint").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "checkpoint").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_folder_whose_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "checkpoint") as scratch:
-        (scratch / "a").write_text("1")
-        raise error
+    with pytest.raises(error):
+        fail_half_way(atomic_folder(tmp_path / "checkpoint"), error, "a")
     assert names(tmp_path) == []
 
 
@@ -86,9 +95,8 @@ def test_the_old_folder_survives_a_failed_replacement(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     path.mkdir()
     (path / "old").write_text("1")
-    with pytest.raises(RuntimeError), atomic_folder(path, replace=True) as scratch:
-        (scratch / "new").write_text("2")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_half_way(atomic_folder(path, replace=True), RuntimeError, "new")
     assert names(path) == ["old"]
     assert names(tmp_path) == ["checkpoint"]
 
@@ -119,13 +127,30 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert names(path) == ["a"]
 
 
-def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linked_folder_is_filled_and_stays_linked(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "checkpoint"
+    link.symlink_to(tmp_path / "disk")
+    with atomic_folder(link) as scratch:
+        (scratch / "a").write_text("1")
+    assert link.is_symlink()
+    assert names(tmp_path / "disk") == ["a"]
+    assert names(tmp_path) == ["checkpoint", "disk"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("output", [".", "..", "../here"])
+def test_a_folder_that_holds_the_current_one_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, replace: bool
+) -> None:
     path = tmp_path / "here"
     path.mkdir()
+    if replace:
+        (path / "precious").write_text("1")
     monkeypatch.chdir(path)
-    with atomic_folder(Path()) as scratch:
-        (scratch / "a").write_text("1")
-    assert names(path) == ["a"]
+    with pytest.raises(DmqError), atomic_folder(Path(output), replace=replace):
+        pytest.fail("the block must not run")
+    assert names(path) == (["precious"] if replace else [])
     assert names(tmp_path) == ["here"]
 
 

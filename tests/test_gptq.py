@@ -1,4 +1,4 @@
-"""Second-order rounding against Optimal Brain Surgeon written out, and against all roundings where they can be tried."""
+"""Second-order rounding against Optimal Brain Surgeon written out, and against every rounding there is."""
 
 from itertools import product
 
@@ -112,6 +112,18 @@ def test_a_sweep_never_increases_the_error_whatever_it_starts_from(seed: int, co
     assert (after <= before * (1 + 1e-9)).all()
 
 
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.integers(2, 8))
+def test_the_column_swept_last_has_its_best_codes(seed: int, columns: int) -> None:
+    weight, moments = random_weight(seed, 20, columns), random_moments(seed, columns)
+    qparams = random_qparams(seed, weight, 4)
+    codes = gptq_codes(weight, qparams, moments, 4)
+    error = quadratic_error(weight, codes, qparams, damped(moments))
+    for code in range(16):
+        codes[:, -1] = code
+        assert (quadratic_error(weight, codes, qparams, damped(moments)) >= error * (1 - 1e-9)).all()
+
+
 @settings(deadline=None, max_examples=50)
 @given(SEEDS, st.integers(1, 12), st.integers(3, 8))
 def test_uncorrelated_inputs_give_rounding_to_nearest(seed: int, columns: int, bits: int) -> None:
@@ -121,18 +133,15 @@ def test_uncorrelated_inputs_give_rounding_to_nearest(seed: int, columns: int, b
     assert torch.equal(gptq_codes(weight, qparams, moments, bits), quantize(weight, qparams, bits))
 
 
-def test_three_columns_come_close_to_the_best_of_all_roundings() -> None:
-    weight, moments = random_weight(0, 40, 3), random_moments(0, 3)
+@pytest.mark.parametrize("seed", range(4))
+def test_three_columns_come_close_to_the_best_of_all_roundings(seed: int) -> None:
+    weight, moments = random_weight(seed, 60, 3), damped(random_moments(seed, 3))
     qparams = QParams(torch.full_like(weight, 0.7), torch.full_like(weight, 4))
-    choices = torch.tensor(list(product(range(8), repeat=3)), dtype=torch.float64)
-    best = torch.stack(
-        [
-            quadratic_error(row, choices, QParams(torch.tensor(0.7), torch.tensor(4.0)), damped(moments)).min()
-            for row in weight[:, None]
-        ]
-    )
-    learned = quadratic_error(weight, gptq_codes(weight, qparams, moments, 3), qparams, damped(moments))
-    nearest = quadratic_error(weight, quantize(weight, qparams, 3), qparams, damped(moments))
+    every = torch.tensor(list(product(range(8), repeat=3)))  # [512, 3]
+    at_first = QParams(*(values[:1] for values in qparams))  # all weights have the same
+    best = torch.stack([quadratic_error(row, every, at_first, moments).min() for row in weight])
+    codes = gptq_codes(weight, qparams, random_moments(seed, 3), 3), quantize(weight, qparams, 3)
+    learned, nearest = (quadratic_error(weight, choice, qparams, moments) for choice in codes)
     assert (learned >= best * (1 - 1e-9)).all()
     assert learned.sum() < 1.25 * best.sum()
     assert nearest.sum() > 2 * best.sum()

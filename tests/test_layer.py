@@ -42,6 +42,13 @@ def test_parts_follow_each_other_along_the_input_channels() -> None:
     assert linear(parts=(8,)).part_slices() == [slice(0, 8)]
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(4, 6, 0), (4, 6, -1), (4, 6, 4), (6, 4, 3), (4, 4, 3)])
+def test_groups_that_do_not_divide_the_channels_are_refused(inputs: int, outputs: int, groups: int) -> None:
+    expected = f"^layer mid.conv: {inputs} inputs and {outputs} outputs do not make {groups} groups$"
+    with pytest.raises(CheckpointError, match=expected):
+        conv2d(name="mid.conv", parts=(inputs,), out_channels=outputs, groups=groups)
+
+
 @settings(deadline=None, max_examples=50)
 @given(specs(), st.integers(1, 3), st.integers(0, 2**16), st.booleans())
 def test_the_whole_allowed_range_is_accepted(spec: LayerSpec, steps: int, seed: int, bias: bool) -> None:
@@ -88,7 +95,6 @@ def test_an_array_of_another_shape_is_refused_with_both_shapes(name: str) -> Non
     wrong = np.concatenate([right, right], axis=-1)
     with pytest.raises(CheckpointError) as refusal:
         replace(layer, **{name: wrong})
-    # the number of steps is that of scale, so a scale of three axes fails too, but by its parts
     assert str(refusal.value) == (
         f"layer conv: {name} is {wrong.dtype} {list(wrong.shape)}, {right.dtype} {list(right.shape)} was expected"
     )

@@ -155,10 +155,6 @@ def drop_tensor(path: Path) -> None:
     save_file(tensors, path)
 
 
-def add_tensor(path: Path) -> None:
-    save_file(load_file(path) | {"surplus.weight": torch.zeros(1)}, path)
-
-
 def reshape_tensor(path: Path) -> None:
     save_file(load_file(path) | {"conv_in.weight": torch.zeros(8, 2, 3, 3)}, path)
 
@@ -171,9 +167,10 @@ def test_weights_that_do_not_load_are_refused(pipeline: Path, damage: Callable[[
     assert one_line(pipeline).startswith(f"the weights in {pipeline / 'unet'} do not load: ")
 
 
-def test_weights_of_a_layer_the_class_does_not_have_are_refused(pipeline: Path) -> None:
-    add_tensor(pipeline / "unet" / WEIGHTS)
-    assert "surplus.weight" in one_line(pipeline)
+@pytest.mark.parametrize("damage", [drop_tensor, reshape_tensor])
+def test_the_tensor_that_does_not_fit_is_named(pipeline: Path, damage: Callable[[Path], object]) -> None:
+    damage(pipeline / "unet" / WEIGHTS)
+    assert "conv_in.weight" in one_line(pipeline)
 
 
 class Bomb:

@@ -68,7 +68,8 @@ def test_what_was_recorded_gives_the_recipe_back(
     recipe = Recipe(bits=bits, labels=tuple(labels), float_layers=tuple(patterns), guidance_scale=guidance)
     recorded = recipe.to_json()
     assert recorded["bits"] == f"w{bits.weight}a{bits.activation}"
-    assert from_json(json.loads(json.dumps(recorded))) == recipe
+    assert json.loads(json.dumps(recorded)) == recorded
+    assert from_json(recorded) == recipe
 
 
 @pytest.mark.parametrize("value", [0, -1])

@@ -16,7 +16,7 @@ KEYS = st.lists(st.one_of(st.integers(0, 99), st.from_regex(r"[a-z][a-z._]*", fu
 def test_a_seed_never_changes_between_versions() -> None:
     digest = hashlib.sha256(b"7/noise/3").digest()
     assert stream_seed(7, "noise", 3) == int.from_bytes(digest[:8], "little") // 2
-    assert stream_seed(7, "noise", 3) == 2463937043188617166
+    assert stream_seed(7, "noise", 3) == 6955512473938529536
 
 
 @settings(deadline=None, max_examples=50)
@@ -33,7 +33,7 @@ def test_different_names_are_different_streams(names: list[tuple[int, list[str |
 
 def test_noise_never_changes_between_versions() -> None:
     noise = initial_noise((2, 2), range(3, 4), seed=7)
-    expected = np.random.Generator(np.random.Philox(2463937043188617166)).standard_normal((1, 2, 2), np.float32)
+    expected = np.random.Generator(np.random.Philox(6955512473938529536)).standard_normal((1, 2, 2), np.float32)
     np.testing.assert_array_equal(noise, expected, strict=True)
 
 

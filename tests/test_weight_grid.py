@@ -39,7 +39,7 @@ def numpy_search(row: np.ndarray, bits: int) -> tuple[float, float]:
 
 
 def row_errors(spec: LayerSpec, weight: np.ndarray, qparams: QParams) -> np.ndarray:
-    """``[P, O]``"""
+    """Of the fake-quantized weights, ``[P, O]``."""
     matrix = weight_matrix(spec, torch.from_numpy(weight))
     columns = QParams(*(weight_columns(spec, values) for values in qparams))
     error = (fake_quantize(matrix, columns, spec.bits.weight) - matrix).abs() ** 2.4
@@ -113,3 +113,11 @@ def test_gradients_reach_the_weights_at_the_ends_of_the_range() -> None:
     (span.high - span.low).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[-1, 0, 1]]
+
+
+def test_the_narrowest_range_tried_is_a_fifth_of_the_weights() -> None:
+    spec = linear(parts=(20000,), out_channels=1, bits=Bits(3, 8))
+    weight = 0.07 * random_weight(spec)
+    weight[0, :2] = -1, 1  # hardly matter beside so many small weights
+    whole, best = minmax_qparams(spec, torch.from_numpy(weight)), grid_qparams(spec, torch.from_numpy(weight))
+    assert (best.scale / whole.scale).item() == pytest.approx(0.21)

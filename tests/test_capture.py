@@ -1,0 +1,198 @@
+"""What is kept of a layer's inputs, against brute force."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layers import conv2d, linear
+from torch import Tensor, nn
+
+from calib.capture import GROUP, LayerInputs, capture_bytes, capture_inputs, patch_rows, replay
+from calib.model import SourceModel, load_model, predict
+from calib.survey import survey
+from calib.trajectories import Trajectories
+from dmq_export.bits import Bits
+from dmq_export.layer import LayerSpec
+
+TIMESTEPS = torch.tensor([90.0, 50.0, 10.0])
+STEPS = len(TIMESTEPS)
+
+
+class Encoding(nn.Module):
+    """Layers whose inputs say where they come from: ``1000 label + timestep`` everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+        self.proj = nn.Linear(8, 5)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        code = 1000 * class_labels + timestep
+        self.conv(code.view(-1, 1, 1, 1).expand(-1, 4, 2, 2))
+        self.proj(code.view(-1, 1, 1).expand(-1, 3, 8))
+        return (sample,)
+
+
+def numbered(count: int, steps: int = STEPS) -> Trajectories:
+    """Random samples labelled 0, 1, 2, ..."""
+    inputs = torch.randn(steps, count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    timesteps = TIMESTEPS if steps == STEPS else torch.arange(steps, 0, -1.0)
+    return Trajectories(timesteps, inputs, inputs, {"class_labels": torch.arange(count)}, inputs[0])
+
+
+def assert_same(one: LayerInputs, other: LayerInputs) -> None:
+    assert torch.equal(one.patches, other.patches)
+    assert torch.equal(one.step, other.step)
+    assert torch.equal(one.extrema.low, other.extrema.low)
+    assert torch.equal(one.extrema.high, other.extrema.high)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> SourceModel:
+    return load_model(tiny_model, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def specs(tiny: SourceModel) -> list[LayerSpec]:
+    """A convolution, a split shortcut and a linear layer."""
+    names = ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv_shortcut", "mid_block.attentions.0.to_q")
+    found = {spec.name: spec for spec in survey(tiny, Bits(4, 8), "asymmetric", []).coverage.quantized}
+    return [found[name] for name in names]
+
+
+@pytest.fixture(scope="module")
+def wanderings() -> Trajectories:
+    """More samples than one group, whatever the network would make of them."""
+    generator = torch.Generator().manual_seed(1)
+    count = GROUP + 3
+    inputs = torch.randn(STEPS, count, 1, 8, 8, generator=generator) * torch.tensor([3.0, 1.0, 0.3]).view(3, 1, 1, 1, 1)
+    labels = torch.randint(3, (count,), generator=generator)
+    return Trajectories(TIMESTEPS, inputs, inputs, {"class_labels": labels}, inputs[0])
+
+
+def layer_input(source: SourceModel, name: str, trajectories: Trajectories, step: int, samples: slice) -> np.ndarray:
+    """A layer's input by a hook of our own."""
+    seen: list[Tensor] = []
+    handle = source.network.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    conditioning = {"class_labels": trajectories.conditioning["class_labels"][samples]}
+    predict(source.network, trajectories.inputs[step, samples], trajectories.timesteps[step], conditioning)
+    handle.remove()
+    return seen[0].numpy()
+
+
+def test_extrema_are_those_of_each_group_step_and_channel(
+    tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
+) -> None:
+    captured = capture_inputs(tiny.network, wanderings, specs, seed=0)
+    groups = [slice(0, GROUP), slice(GROUP, GROUP + 3)]
+    for spec in specs:
+        extrema = captured[spec.name].extrema
+        assert extrema.low.shape == extrema.high.shape == (len(groups), STEPS, spec.in_channels)
+        for group, samples in enumerate(groups):
+            for step in range(STEPS):
+                x = layer_input(tiny, spec.name, wanderings, step, samples)
+                channels = np.moveaxis(x, spec.channel_axis, 0).reshape(spec.in_channels, -1)
+                np.testing.assert_array_equal(extrema.low[group, step].numpy(), channels.min(1))
+                np.testing.assert_array_equal(extrema.high[group, step].numpy(), channels.max(1))
+
+
+def test_every_patch_is_a_window_of_its_own_steps_input(
+    tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
+) -> None:
+    spec = specs[0]
+    assert spec.kernel == (3, 3)
+    captured = capture_inputs(tiny.network, wanderings, [spec], seed=0)[spec.name]
+    for step in range(STEPS):
+        x = layer_input(tiny, spec.name, wanderings, step, slice(0, GROUP))
+        padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))  # [N, C, H, W, 3, 3]
+        known = {window.tobytes() for window in windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 8 * 9)}
+        # the first group's patches come first
+        first_group = len(captured.patches) * GROUP // (GROUP + 3)
+        patches = captured.patches[:first_group][captured.step[:first_group] == step]
+        assert len(patches) == first_group // STEPS
+        assert all(patch.numpy().tobytes() in known for patch in patches)
+
+
+@pytest.mark.parametrize("spec", [conv2d(), linear()], ids=lambda spec: spec.kind)
+def test_patches_belong_to_their_step_and_every_evaluation_gives_as_many(spec: LayerSpec) -> None:
+    count = GROUP + 2
+    captured = capture_inputs(Encoding(), numbered(count), [spec], seed=0)[spec.name]
+    # the middle tap is never padding
+    taps = captured.patches.shape[-1]
+    codes = captured.patches[:, 0, taps // 2].long()
+    assert torch.equal(codes % 1000, TIMESTEPS[captured.step].long())
+    pairs, counts = torch.unique(codes, return_counts=True)
+    assert len(pairs) == count * STEPS
+    assert counts.unique().tolist() == [-(-patch_rows(spec) // (count * STEPS))]
+    assert torch.equal(captured.patches[:, :, taps // 2], codes[:, None].expand(-1, spec.in_channels).float())
+    assert set(captured.patches.unique().tolist()) <= {0.0, *codes.tolist()}
+
+
+def test_each_group_sees_its_own_conditioning() -> None:
+    count = GROUP + 2
+    captured = capture_inputs(Encoding(), numbered(count), [linear()], seed=0)["proj"]
+    low = torch.tensor([0, GROUP])[:, None] * 1000 + TIMESTEPS
+    high = torch.tensor([GROUP - 1, count - 1])[:, None] * 1000 + TIMESTEPS
+    assert torch.equal(captured.extrema.low, low[..., None].expand(-1, -1, 8))
+    assert torch.equal(captured.extrema.high, high[..., None].expand(-1, -1, 8))
+
+
+def test_a_capture_does_not_depend_on_what_else_is_captured(
+    tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
+) -> None:
+    together = capture_inputs(tiny.network, wanderings, specs, seed=4)
+    reversed_ = capture_inputs(tiny.network, wanderings, specs[::-1], seed=4)
+    for spec in specs:
+        alone = capture_inputs(tiny.network, wanderings, [spec], seed=4)
+        assert_same(alone[spec.name], together[spec.name])
+        assert_same(alone[spec.name], reversed_[spec.name])
+
+
+def test_another_seed_takes_other_patches_and_the_same_extrema(
+    tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
+) -> None:
+    one, other = (capture_inputs(tiny.network, wanderings, specs[:1], seed=seed)[specs[0].name] for seed in (0, 1))
+    assert not torch.equal(one.patches, other.patches)
+    assert torch.equal(one.extrema.low, other.extrema.low)
+
+
+def test_there_are_several_times_as_many_patches_as_columns() -> None:
+    spec = conv2d(parts=(128,), kernel=(3, 3))
+    assert patch_rows(spec) >= 8 * 128 * 9
+    assert patch_rows(conv2d(parts=(128,), out_channels=128, groups=128)) == patch_rows(linear()) == 4096
+
+
+@pytest.mark.parametrize("count", [18, 2300])
+def test_patches_take_no_more_memory_than_was_said(count: int) -> None:
+    captured = capture_inputs(Encoding(), numbered(count, steps=2), [linear()], seed=0)["proj"]
+    assert captured.patches.nbytes <= 1.05 * capture_bytes(linear())
+
+
+def test_replay_visits_groups_of_samples_each_through_all_steps() -> None:
+    visits: list[tuple[int, list[int]]] = []
+    progress: list[int] = []
+
+    def note(x: Tensor, step: int) -> None:
+        visits.append((step, (x[:, 0, 0].long() // 1000).tolist()))
+
+    replay(Encoding(), numbered(GROUP + 2), {"proj": note}, advance=progress.append)
+    first, second = list(range(GROUP)), [GROUP, GROUP + 1]
+    assert visits == [(step, group) for group in (first, second) for step in range(STEPS)]
+    assert sum(progress) == (GROUP + 2) * STEPS
+
+
+def test_no_hook_stays_on_the_network_even_if_a_visit_fails() -> None:
+    network = Encoding()
+    capture_inputs(network, numbered(2), [linear(), conv2d()], seed=0)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+    def fail(x: Tensor, step: int) -> None:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        replay(network, numbered(2), {"proj": fail})
+    assert not any(module._forward_pre_hooks for module in network.modules())

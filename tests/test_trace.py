@@ -1,0 +1,91 @@
+"""Tracing: one marker per layer of the right shape, quietly, or one line that says why not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import random_layer, specs
+from reference import operate
+
+from dmq_export.bits import Bits
+from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe
+from dmq_export.errors import ExportError
+from dmq_export.layer import LayerSpec
+from dmq_export.network import float_tensors
+from dmq_export.trace import DOMAIN, OPSET, OUTPUT, _output_shape, trace_network
+
+
+@settings(max_examples=50, deadline=None)
+@given(specs(), st.integers(5, 9), st.integers(5, 9))
+def test_a_markers_output_has_the_shape_of_the_layers(spec: LayerSpec, height: int, width: int) -> None:
+    sizes = {"linear": (height, spec.in_channels), "conv1d": (spec.in_channels, height)}
+    shape = (2, *sizes.get(spec.kind, (spec.in_channels, height, width)))
+    expected = operate(spec, np.zeros(shape), np.zeros(spec.weight_shape)).shape
+    assert tuple(_output_shape(spec, list(shape))) == expected
+
+
+@pytest.fixture(scope="module")
+def traced_checkpoint() -> Checkpoint:
+    """An unconditional model with one strided convolution and one linear layer quantized."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=(8, 4),
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(4, 4),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=2,
+        attention_head_dim=4,
+    )
+    bits = Bits(4, 8)
+    down = LayerSpec("down_blocks.0.downsamplers.0.conv", "conv2d", 4, (4,), bits, (3, 3), (2, 2), (1, 1), (1, 1))
+    query = LayerSpec("mid_block.attentions.0.to_q", "linear", 4, (4,), bits)
+    sample = np.zeros((1, 2, 2, 8, 4), np.float32)
+    return Checkpoint(
+        model=ModelFacts("UNet2DModel", dict(network.config), {}, ""),
+        recipe={"bits": "w4a8"},
+        timesteps=np.array([5], np.float32),
+        layers=(random_layer(down), random_layer(query)),
+        float_layers=(),
+        float_tensors=float_tensors(network, {down.name, query.name}),
+        probe=Probe(np.array([5], np.float32), sample, {}, sample),
+        metrics={},
+        versions={},
+    )
+
+
+def test_a_traced_graph_has_one_marker_per_layer(
+    traced_checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = trace_network(traced_checkpoint)
+    assert capfd.readouterr() == ("", "")
+    markers = {node.attributes["layer"].as_string(): node for node in model.graph if node.domain == DOMAIN}
+    assert markers.keys() == {layer.spec.name for layer in traced_checkpoint.layers}
+    shapes = {name: list(node.outputs[0].shape) for name, node in markers.items()}
+    assert not any(isinstance(shape[0], int) for shape in shapes.values())
+    assert {name: shape[1:] for name, shape in shapes.items()} == {
+        "down_blocks.0.downsamplers.0.conv": [4, 4, 2],
+        "mid_block.attentions.0.to_q": [8, 4],
+    }
+    assert {node.op_type for node in markers.values()} == {"Layer"}
+    assert model.opset_imports[""] == OPSET
+    # without labels there is nothing but the sample and the timestep
+    assert {value.name: [str(size) for size in value.shape] for value in model.graph.inputs} == {
+        "sample": ["batch", "2", "8", "4"],
+        "timestep": [],
+    }
+    assert [value.name for value in model.graph.outputs] == [OUTPUT]
+    assert not {name for name in model.graph.initializers if "to_q" in name or "downsamplers" in name}
+
+
+def test_a_model_that_cannot_be_traced_is_named_with_the_reason_on_one_line(traced_checkpoint: Checkpoint) -> None:
+    probe = replace(traced_checkpoint.probe, conditioning={"mystery": np.zeros((2, 1), np.float32)})
+    with pytest.raises(ExportError, match=r"PyTorch cannot trace UNet2DModel to ONNX: .*mystery") as caught:
+        trace_network(replace(traced_checkpoint, probe=probe))
+    assert "\n" not in str(caught.value)
