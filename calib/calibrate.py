@@ -166,8 +166,8 @@ def _fit_layers(
     progress: Progress,
 ) -> list[LayerFit]:
     fits = []
-    for specs in _passes(surveyed.coverage.quantized, limits.capture_bytes):
-        evaluations = calibration.inputs.shape[0] * calibration.inputs.shape[1]
+    evaluations = calibration.inputs.shape[0] * calibration.inputs.shape[1]
+    for specs in _passes(surveyed.coverage.quantized, evaluations, limits.capture_bytes):
         with progress.stage("layer inputs", evaluations, "evaluation") as advance:
             inputs = capture_inputs(source.network, calibration, specs, seed=recipe.seed, advance=advance)
         with progress.stage("layer fits", len(specs), "layer") as advance:
@@ -178,16 +178,17 @@ def _fit_layers(
     return fits
 
 
-def _passes(specs: Sequence[LayerSpec], budget: int) -> Iterator[list[LayerSpec]]:
+def _passes(specs: Sequence[LayerSpec], evaluations: int, budget: int) -> Iterator[list[LayerSpec]]:
     """Layers whose captures fit the budget together; at least one at a time."""
     chosen: list[LayerSpec] = []
     used = 0
     for spec in specs:
-        if chosen and used + capture_bytes(spec) > budget:
+        size = capture_bytes(spec, evaluations)
+        if chosen and used + size > budget:
             yield chosen
             chosen, used = [], 0
         chosen.append(spec)
-        used += capture_bytes(spec)
+        used += size
     yield chosen
 
 

@@ -64,12 +64,17 @@ def patch_rows(spec: LayerSpec) -> int:
     return max(4096, 8 * columns)
 
 
-def capture_bytes(spec: LayerSpec) -> int:
-    """Memory that :func:`capture_inputs` keeps for a layer."""
+def patches_per_sample(spec: LayerSpec, evaluations: int) -> int:
+    """How many patches each evaluation of a sample gives to reach :func:`patch_rows`, at least one."""
+    return -(-patch_rows(spec) // evaluations)
+
+
+def capture_bytes(spec: LayerSpec, evaluations: int) -> int:
+    """Memory that :func:`capture_inputs` keeps for a layer's patches; ``evaluations`` is samples times steps."""
     taps = 1
     for size in spec.kernel:
         taps *= size
-    return 4 * patch_rows(spec) * spec.in_channels * taps
+    return 4 * evaluations * patches_per_sample(spec, evaluations) * spec.in_channels * taps
 
 
 def capture_inputs(
@@ -119,7 +124,7 @@ class _Recorder:
     def __init__(self, spec: LayerSpec, trajectories: Trajectories, seed: int) -> None:
         self._spec = spec
         self._steps, samples = trajectories.inputs.shape[:2]
-        self._per_sample = -(-patch_rows(spec) // (self._steps * samples))
+        self._per_sample = patches_per_sample(spec, self._steps * samples)
         self._generator = torch.Generator().manual_seed(stream_seed(seed, "patches", spec.name))
         self._patches: list[Tensor] = []
         self._step_of: list[Tensor] = []

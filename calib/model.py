@@ -16,6 +16,7 @@ from dmq_export.files import read_json, sha256
 from dmq_export.signature import sample_shape
 
 DENOISER_FOLDERS = ("unet", "transformer")
+LONGEST_REASON = 300  # characters of a message that is not ours
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -109,13 +110,21 @@ def _network(denoiser: Path, class_name: str) -> nn.Module:
             f"{denoiser}/config.json names {class_name!r}, which is no model of diffusers {diffusers.__version__}"
         )
     try:
-        network: nn.Module = model_class.from_pretrained(  # type: ignore[no-untyped-call]
-            str(denoiser), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+        network, loaded = model_class.from_pretrained(  # type: ignore[no-untyped-call]
+            str(denoiser),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the weights in {denoiser} do not load: {first_line}") from error
-    return network
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"the weights in {denoiser} do not load: {reason[:LONGEST_REASON]}") from error
+    if loaded["missing_keys"]:  # diffusers would go on with random numbers there
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(f"the weights in {denoiser} do not load: {missing[0]} and {len(missing) - 1} more are missing")
+    float_network: nn.Module = network
+    return float_network
 
 
 def _weights_sha256(denoiser: Path) -> str:

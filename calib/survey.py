@@ -18,7 +18,16 @@ from dmq_export.errors import ModelError
 from dmq_export.layer import LayerSpec, Scheme
 
 KINDS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}
-OTHER_WEIGHTED = (nn.Embedding, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+# subclasses of the kinds included: their forward may do anything
+OTHER_WEIGHTED = (
+    *KINDS,
+    nn.Bilinear,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,9 @@ class _Concats(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.cat, torch.concat, torch.concatenate):
-            axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-            sizes = tuple(tensor.shape[axis] for tensor in (args[0] if args else kwargs["tensors"]))  # type: ignore[index]
+            named = dict(kwargs or {})
+            axis = args[1] if len(args) > 1 else named.get("dim", named.get("axis", 0))
+            sizes = tuple(tensor.shape[axis] for tensor in (args[0] if args else named["tensors"]))
             self.made.append((result, axis % result.dim(), sizes))
         return result
 
@@ -96,7 +106,7 @@ def observe(source: SourceModel) -> list[Call]:
         with torch.no_grad(), concats:
             sample = torch.zeros(2, *source.sample_shape, device=device)
             on_device = {name: value.to(device) for name, value in conditioning.items()}
-            predict(source.network, sample, torch.tensor(1, device=device), on_device)
+            predict(source.network, sample, torch.tensor(1.0, device=device), on_device)
     except Exception as error:  # whatever the model raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -141,27 +151,27 @@ def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequen
     candidates = [name for name in dict.fromkeys(call.name for call in calls) if name not in wanted | obstacles]
     if candidates:
         wanted |= {candidates[-1]: "last layer", candidates[0]: "first layer"}
-    wanted = _excluded(candidates, float_patterns) | wanted
+    wanted = _excluded(list(modules), float_patterns) | wanted
     reasons = obstacles | wanted
+    order = [*dict.fromkeys(call.name for call in calls), *modules]
     products = [name for name, module in source.network.named_modules() if type(module).__name__ == "Attention"]
     return (
         *(
             FloatLayer(name, _kind(modules[name]), _size(modules[name]), reason, by_design=name in wanted)
-            for name, reason in reasons.items()
+            for name, reason in sorted(reasons.items(), key=lambda item: order.index(item[0]))
         ),
         *(FloatLayer(name, "q·k, softmax·v", 0, "attention products", by_design=True) for name in products),
     )
 
 
-def _excluded(candidates: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
+def _excluded(names: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
     """The layers the user leaves float."""
     excluded: dict[str, str] = {}
     for pattern in patterns:
-        matched = [name for name in candidates if fnmatchcase(name, pattern)]
+        matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise ModelError(
-                f"--float-layer {pattern!r} matches no layer that would be quantized: patterns match whole "
-                f"names, such as {candidates[0] if candidates else 'conv_in'}"
+                f"--float-layer {pattern!r} matches no layer: patterns match whole names, such as {names[0]}"
             )
         excluded |= dict.fromkeys(matched, f"--float-layer {pattern}")
     return excluded
@@ -179,6 +189,8 @@ def _obstacle(module: nn.Module, runs: int) -> str | None:
         return "never runs" if runs == 0 else f"runs {runs} times per step"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding mode {module.padding_mode}"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding == "same" and any(r % 2 for r in _reaches(module)):
+        return "padding 'same' of an even kernel"
     return None
 
 
@@ -204,15 +216,17 @@ def _spec(module: nn.Module, call: Call, bits: Bits, scheme: Scheme) -> LayerSpe
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
-    """Zeros on either side per axis; ``same`` is only symmetric for odd kernels."""
+    """Zeros on either side per axis; :func:`_obstacle` has refused what is not the same on both."""
     if module.padding == "valid":
         return (0,) * len(module.kernel_size)
     if isinstance(module.padding, str):
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        if any(r % 2 for r in reach):
-            raise ModelError("padding 'same' of an even kernel is not supported: use --float-layer")
-        return tuple(r // 2 for r in reach)
+        return tuple(reach // 2 for reach in _reaches(module))
     return tuple(module.padding)
+
+
+def _reaches(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """How much smaller an unpadded convolution's output is, per axis."""
+    return [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
 
 
 def _blocks(source: SourceModel, specs: Sequence[LayerSpec]) -> tuple[Block, ...]:

@@ -20,19 +20,21 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
     """The scheduler ``config`` describes, or the one called ``name`` with that configuration, set to ``steps``.
 
     Raises:
-        DmqError: no scheduler is named anywhere, or diffusers does not accept the step count.
+        DmqError: no scheduler is named anywhere, diffusers has none of that name, or it does not take the step count.
     """
     import diffusers
 
+    if name is not None and name not in SCHEDULERS:
+        raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
     if class_name is None:
         raise DmqError(
             f"the model has no scheduler/scheduler_config.json: name one with --scheduler ({', '.join(SCHEDULERS)})"
         )
     scheduler_class = getattr(diffusers, str(class_name), None)
-    if scheduler_class is None:
+    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise DmqError(f"diffusers {diffusers.__version__} has no scheduler {class_name!r}")
-    scheduler = scheduler_class.from_config(dict(config))
+    scheduler: Any = scheduler_class.from_config(dict(config))  # type: ignore[no-untyped-call]
     try:
         scheduler.set_timesteps(steps)
     except ValueError as error:

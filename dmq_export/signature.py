@@ -22,9 +22,10 @@ def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def label_count(config: Mapping[str, Any]) -> int | None:
     """How many class labels the model knows, or None when it takes none."""
-    for key in ("num_class_embeds", "num_embeds_ada_norm"):
-        if config.get(key) is not None:
-            return int(config[key])
+    if config.get("num_class_embeds") is not None:
+        return int(config["num_class_embeds"])
+    if _has_row_for_no_label(config):
+        return int(config["num_embeds_ada_norm"])
     return None
 
 
@@ -37,7 +38,7 @@ def labels_for(
         One label per sample, or None for a model that takes none.
 
     Raises:
-        ModelError: a label the model does not know, or labels for a model that takes none.
+        ModelError: a label the model does not know, labels for a model that takes none, or none is left.
     """
     known = label_count(config)
     asked = [*labels, *([] if null_label is None else [null_label])]
@@ -45,8 +46,19 @@ def labels_for(
         if asked:
             raise ModelError("the model takes no class labels: leave out --labels and --null-label")
         return None
+    largest = known if _has_row_for_no_label(config) else known - 1
     for label in asked:
-        if not 0 <= label < known:
-            raise ModelError(f"label {label} is unknown to the model: 0 to {known - 1} are allowed")
+        if not 0 <= label <= largest:
+            raise ModelError(f"label {label} is unknown to the model: 0 to {largest} are allowed")
     cycle = list(labels) or [label for label in range(known) if label != null_label]
+    if not cycle:
+        raise ModelError(f"the model knows no label but the null label {null_label}: leave out --null-label")
     return [cycle[i % len(cycle)] for i in range(count)]
+
+
+def _has_row_for_no_label(config: Mapping[str, Any]) -> bool:
+    """Whether this is a DiT: its label table has one row more, for no label, than its configuration says.
+
+    PixArt's configuration has the same key, but its conditioning is text (``caption_channels``).
+    """
+    return config.get("num_embeds_ada_norm") is not None and config.get("caption_channels") is None

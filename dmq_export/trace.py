@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DOMAIN = "dmq"
 OPSET = 21
 OUTPUT = "out_sample"
+BATCH = "batch"
 
 
 def trace_network(checkpoint: Checkpoint) -> ir.Model:
@@ -43,7 +44,7 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
     network = build_network(checkpoint, {layer.spec.name: _marker(layer.spec) for layer in checkpoint.layers})
     probe = checkpoint.probe
     conditioning = {name: torch.from_numpy(value) for name, value in probe.conditioning.items()}
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim(BATCH)
     shapes: dict[str, Any] = {"sample": {0: batch}, "timestep": {}}
     shapes["conditioning"] = {name: {0: batch} for name in conditioning}
     try:
@@ -64,7 +65,25 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
         raise ExportError(f"PyTorch cannot trace {checkpoint.model.class_name} to ONNX: {reason}") from error
     if program is None:
         raise ExportError(f"PyTorch returned no ONNX program for {checkpoint.model.class_name}")
+    _name_batch(program.model)
     return program.model
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the batch axis ``batch`` everywhere; PyTorch loses the name where only one input has the axis."""
+    import onnx_ir as ir
+
+    batch = model.graph.inputs[0].shape
+    symbol = batch[0].value if batch is not None and isinstance(batch[0], ir.SymbolicDim) else None
+    if symbol is None or symbol == BATCH:
+        return
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            sizes = [
+                d.value.replace(symbol, BATCH) if isinstance(d, ir.SymbolicDim) and d.value else d for d in value.shape
+            ]
+            value.shape = ir.Shape(sizes)
 
 
 def _positional(network: nn.Module, names: list[str]) -> nn.Module:

@@ -62,8 +62,9 @@ class LayerCheck:
 
 def check_layer(layer: QuantizedLayer, row: int, reference: LayerValues, graph: LayerValues) -> LayerCheck:
     """Compare a layer's cut with the reference, with the tables' ``row``."""
-    differ = reference.codes != graph.codes
-    ties = differ & _near_tie(layer, row, reference.input)
+    distance = np.abs(reference.codes.astype(np.int16) - graph.codes)
+    differ = distance > 0
+    ties = (distance == 1) & _near_tie(layer, row, reference.input)
     return LayerCheck(
         name=layer.spec.name,
         ties=int(ties.sum()),
@@ -75,7 +76,7 @@ def check_layer(layer: QuantizedLayer, row: int, reference: LayerValues, graph: 
 
 def relative_error(reference: Array, other: Array) -> float:
     """Largest difference over the largest magnitude of ``reference``; infinite if anything is not finite."""
-    if not np.isfinite(other).all():
+    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return float("inf")
     return float(np.abs(reference - other).max() / max(float(np.abs(reference).max()), 1e-30))
 
@@ -97,7 +98,7 @@ def require_equal(checks: Sequence[LayerCheck]) -> None:
 
 
 def _near_tie(layer: QuantizedLayer, row: int, x: Array) -> NDArray[np.bool_]:
-    """Where ``x / (tau * s * 2^-k)`` lies within float32 rounding of a half-integer."""
+    """Where ``x / (tau * s * 2^-k)`` lies within float32 rounding of a half-integer and is not clipped."""
     spec = layer.spec
     scale = np.repeat(layer.scale[min(row, len(layer.scale) - 1)], spec.parts)
     step = layer.tau.astype(np.float64) * scale * np.exp2(-layer.shift.astype(np.float64))
@@ -105,4 +106,6 @@ def _near_tie(layer: QuantizedLayer, row: int, x: Array) -> NDArray[np.bool_]:
     shape[spec.channel_axis] = -1
     value = x / step.reshape(shape)
     distance = np.abs(value - np.floor(value) - 0.5)
-    return np.asarray(distance <= TIE_ULPS * np.spacing(np.abs(value).astype(np.float32)))
+    code = value + np.repeat(layer.zero_point[min(row, len(layer.scale) - 1)], spec.parts).reshape(shape)
+    unclipped = (code > -1) & (code < 2**spec.bits.activation)
+    return np.asarray(unclipped & (distance <= TIE_ULPS * np.spacing(np.abs(value).astype(np.float32))))

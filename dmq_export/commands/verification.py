@@ -133,7 +133,8 @@ def _require_no_drift(drift: list[StepDrift]) -> None:
         CheckFailedError: naming the step.
     """
     for step in drift:
-        if step.graph > max(DRIFT_FACTOR * step.perturbed, step.quantization) + TOLERANCE:
+        allowed = max(DRIFT_FACTOR * step.perturbed, step.quantization) + TOLERANCE
+        if not step.graph <= allowed:  # NaN is not
             raise CheckFailedError(
                 f"timestep {step.timestep:g}: the graph's prediction differs by {step.graph:.1e} from the "
                 f"reference; rounding explains {step.perturbed:.1e}, quantization itself costs {step.quantization:.1e}"
