@@ -10,8 +10,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from layers import linear, random_layer
 
 from calib.reference import load_reference
+from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.errors import CheckFailedError, DmqError
@@ -122,6 +124,15 @@ def test_layer_bytes_are_those_of_the_layers_own_initializers(model: ir.Model, t
     extra = sum(16 + 8 * layer.spec.in_channels for layer in chosen)
     assert expected <= counted <= expected + extra
     assert layer_bytes(model, ()) == 0
+
+
+def test_layer_bytes_leave_out_a_layer_of_a_longer_name() -> None:
+    layer, longer = random_layer(linear(name="to_k")), random_layer(linear(name="to_k_proj"))
+    graph = ir.Graph([], [], nodes=[])
+    for name in ("to_k", "to_k_proj"):
+        NodeBuilder(graph, name).constant("scale", np.zeros(3, np.float32))
+    model = ir.Model(graph, ir_version=10)
+    assert layer_bytes(model, (layer,)) == layer_bytes(model, (longer,)) == 12
 
 
 def test_a_file_read_back_serializes_to_the_same_model(tiny_onnx: Path, model: ir.Model) -> None:

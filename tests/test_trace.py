@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -84,8 +85,41 @@ def test_a_traced_graph_has_one_marker_per_layer(
     assert not {name for name in model.graph.initializers if "to_q" in name or "downsamplers" in name}
 
 
-def test_a_model_that_cannot_be_traced_is_named_with_the_reason_on_one_line(traced_checkpoint: Checkpoint) -> None:
+def test_a_probe_of_one_sample_still_gives_a_dynamic_batch(traced_checkpoint: Checkpoint) -> None:
+    probe = traced_checkpoint.probe
+    single = replace(probe, sample=probe.sample[:, :1], prediction=probe.prediction[:, :1])
+    model = trace_network(replace(traced_checkpoint, probe=single))
+    assert [str(size) for size in model.graph.inputs[0].shape] == ["batch", "2", "8", "4"]
+
+
+def test_an_argument_the_model_does_not_take_is_an_error(traced_checkpoint: Checkpoint) -> None:
     probe = replace(traced_checkpoint.probe, conditioning={"mystery": np.zeros((2, 1), np.float32)})
-    with pytest.raises(ExportError, match=r"PyTorch cannot trace UNet2DModel to ONNX: .*mystery") as caught:
+    with pytest.raises(ExportError, match=r"PyTorch cannot trace UNet2DModel to ONNX: .*mystery"):
         trace_network(replace(traced_checkpoint, probe=probe))
-    assert "\n" not in str(caught.value)
+
+
+class UNetThatFails(UNet2DModel):
+    """Explains itself at length."""
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("the reason\nand how it came to that")
+
+
+def test_a_model_that_cannot_be_traced_is_one_line_with_the_reason_and_nothing_else(
+    traced_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diffusers, "UNetThatFails", UNetThatFails, raising=False)
+    checkpoint = replace(traced_checkpoint, model=replace(traced_checkpoint.model, class_name="UNetThatFails"))
+    with pytest.raises(ExportError) as caught:
+        trace_network(checkpoint)
+    assert str(caught.value) == "PyTorch cannot trace UNetThatFails to ONNX: the reason"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_sample_of_a_size_the_model_cannot_take_is_refused_quietly(
+    traced_checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    probe = replace(traced_checkpoint.probe, sample=np.zeros((1, 2, 2, 7, 5), np.float32))
+    with pytest.raises(ExportError, match="Expected 8 in dimension 2 but got 7"):
+        trace_network(replace(traced_checkpoint, probe=probe))
+    assert capfd.readouterr() == ("", "")
