@@ -1,6 +1,6 @@
 """How far two correct executions of the same quantized network drift apart, against what quantization costs.
 
-    python bench/drift.py            # about 3 minutes
+    python bench/drift.py            # about 6 minutes
 
 For each rounding of the weights: the difference end to end between ONNX Runtime and the PyTorch reference, between
 the reference and itself with every layer's input changed by a relative 1e-6, and the quantization error, as root mean

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, require_place, save_checkpoint
 from dmq_export.errors import ModelError
 from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.memory import peak_memory
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
 from dmq_export.schedulers import build_scheduler
@@ -74,7 +74,7 @@ def calibrate(
     if strict:
         _require_full_coverage(surveyed)
     checkpoint = calibrated(source, surveyed, recipe, limits, progress)
-    run = {"seconds": progress.seconds, "peak_memory_bytes": _peak_memory(), "machine": platform.platform()}
+    run = {"seconds": progress.seconds, "peak_memory_bytes": peak_memory(), "machine": platform.platform()}
     save_checkpoint(checkpoint, output, run=run, replace_existing=fresh)
     return checkpoint
 
@@ -288,8 +288,3 @@ def _probe(held_out: Trajectories) -> Probe:
         conditioning={key: value[rows].numpy() for key, value in held_out.conditioning.items()},
         prediction=held_out.predictions[steps][:, rows].numpy(),
     )
-
-
-def _peak_memory() -> int:
-    """Of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -112,20 +112,14 @@ def _record_batch(
 ) -> Trajectories:
     device = next(source.network.parameters()).device
     scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps)
-    visited: dict[float, Evaluation] = {}
-
-    def note(evaluation: Evaluation) -> None:
-        visited.pop(float(evaluation.timestep), None)
-        visited[float(evaluation.timestep)] = evaluation
-        advance(len(evaluation.sample))
-
-    rows = slice(indices.start, indices.stop)
-    given = {key: value[rows].to(device) for key, value in conditioning.given.items()}
-    guidance = None
-    if settings.guidance_scale is not None:
-        without = {key: value[rows].to(device) for key, value in conditioning.unconditional.items()}
-        guidance = Guidance(settings.guidance_scale, without, torch.cat)
+    given, without = (
+        {key: value[indices.start : indices.stop].to(device) for key, value in branch.items()}
+        for branch in (conditioning.given, conditioning.unconditional)
+    )
     generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
+    scale = settings.guidance_scale
+    guidance = None if scale is None else Guidance(scale, without, torch.cat)
+    recorder = _Recorder(advance)
 
     def denoise(x: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
         return predict(source.network, x, timestep.to(device), inputs)
@@ -138,13 +132,30 @@ def _record_batch(
             given,
             guidance=guidance,
             step_options=step_options(scheduler, eta=settings.eta, generators=generators),
-            callback=note,
+            callback=recorder.note,
         )
-    evaluations = list(visited.values())
-    return Trajectories(
-        timesteps=torch.tensor(list(visited), dtype=torch.float32),
-        inputs=torch.stack([evaluation.sample.cpu() for evaluation in evaluations]),
-        predictions=torch.stack([evaluation.prediction.cpu() for evaluation in evaluations]),
-        conditioning={key: value.cpu() for key, value in evaluations[0].conditioning.items()},
-        samples=samples.cpu(),
-    )
+    return recorder.trajectories(samples)
+
+
+class _Recorder:
+    """Keeps the last visit to each timestep, in the order of those visits."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._visits: dict[float, Evaluation] = {}
+
+    def note(self, evaluation: Evaluation) -> None:
+        timestep = float(evaluation.timestep)
+        self._visits.pop(timestep, None)
+        self._visits[timestep] = evaluation
+        self._advance(len(evaluation.sample))
+
+    def trajectories(self, samples: Tensor) -> Trajectories:
+        evaluations = list(self._visits.values())
+        return Trajectories(
+            timesteps=torch.tensor(list(self._visits), dtype=torch.float32),
+            inputs=torch.stack([evaluation.sample.cpu() for evaluation in evaluations]),
+            predictions=torch.stack([evaluation.prediction.cpu() for evaluation in evaluations]),
+            conditioning={key: value.cpu() for key, value in evaluations[0].conditioning.items()},
+            samples=samples.cpu(),
+        )

@@ -35,6 +35,11 @@ def test_predictions_and_pictures_stay_close_to_float(result: Quickstart) -> Non
 
 
 @pytest.mark.slow
+def test_it_fits_a_small_machine(result: Quickstart) -> None:
+    assert result.peak_memory < 3 * 2**30
+
+
+@pytest.mark.slow
 def test_quantized_layers_take_a_fifth_of_their_float_size(result: Quickstart) -> None:
     float_row, *quantized = result.rows
     for row in quantized:

@@ -14,6 +14,7 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import Export, export_onnx
 from dmq_export.commands.sample import Samples, SampleSettings, draw_samples, float_engine, open_engine
 from dmq_export.files import make_folder
+from dmq_export.memory import peak_memory
 from dmq_export.progress import Progress
 from dmq_export.table import table
 
@@ -44,15 +45,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """The result; ``seconds`` per variant and stage."""
+    """The result; ``seconds`` per variant and stage, ``peak_memory`` in bytes."""
 
     rows: tuple[Row, ...]
     seconds: dict[str, dict[str, float]]
+    peak_memory: int
     grid: Path
 
     def text(self) -> str:
-        """Both tables, and where the picture is."""
-        return f"{self.results()}\n\n{self.times()}\n\npictures of all three from the same noise: {self.grid}"
+        """Both tables, the memory, and where the picture is."""
+        memory = f"peak memory {self.peak_memory / 2**30:.1f} GiB"
+        return f"{self.results()}\n\n{self.times()}\n\n{memory}\npictures of all three from the same noise: {self.grid}"
 
     def results(self) -> str:
         """The rows as a table."""
@@ -114,7 +117,7 @@ def quickstart(folder: Path, progress: Progress, *, count: int = 400, seed: int 
         rows.append(Row(name, export.quantized_bytes, *quality, _agreement(samples[name])))
     grid = folder / "samples.png"
     save_grid({name: drawn[:SHOWN] for name, drawn in samples.items()}, grid)
-    return Quickstart(tuple(rows), seconds, grid)
+    return Quickstart(tuple(rows), seconds, peak_memory(), grid)
 
 
 def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Checkpoint, Export]:
