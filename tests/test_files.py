@@ -182,6 +182,13 @@ def test_a_parent_that_is_no_folder_is_refused_before_any_work(tmp_path: Path, p
         pytest.fail("the block must not run")
 
 
+def test_a_link_to_where_nothing_can_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    link = tmp_path / "checkpoint"
+    link.symlink_to(tmp_path / "unmounted" / "disk")
+    with pytest.raises(DmqError, match="^cannot write .*unmounted"), atomic_folder(link):
+        pytest.fail("the block must not run")
+
+
 def test_asking_whether_a_path_is_writable_leaves_no_trace(tmp_path: Path) -> None:
     require_writable(tmp_path / "out")
     assert names(tmp_path) == []

@@ -42,7 +42,7 @@ def test_parts_follow_each_other_along_the_input_channels() -> None:
     assert linear(parts=(8,)).part_slices() == [slice(0, 8)]
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(4, 6, 0), (4, 6, -1), (4, 6, 4), (6, 4, 3), (4, 4, 3)])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(4, 6, 0), (4, 6, -1), (4, 6, 4), (6, 4, 3), (4, 6, 3)])
 def test_groups_that_do_not_divide_the_channels_are_refused(inputs: int, outputs: int, groups: int) -> None:
     expected = f"^layer mid.conv: {inputs} inputs and {outputs} outputs do not make {groups} groups$"
     with pytest.raises(CheckpointError, match=expected):
