@@ -185,7 +185,7 @@ def test_a_parent_that_is_no_folder_is_refused_before_any_work(tmp_path: Path, p
 def test_a_link_to_where_nothing_can_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     link = tmp_path / "checkpoint"
     link.symlink_to(tmp_path / "unmounted" / "disk")
-    with pytest.raises(DmqError, match="^cannot write .*unmounted"), atomic_folder(link):
+    with pytest.raises(DmqError, match=r"^cannot write .*unmounted"), atomic_folder(link):
         pytest.fail("the block must not run")
 
 
