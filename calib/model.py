@@ -122,7 +122,7 @@ def _network(denoiser: Path, class_name: str) -> nn.Module:
         raise ModelError(f"the weights in {denoiser} do not load: {reason[:LONGEST_REASON]}") from error
     if loaded["missing_keys"]:  # diffusers would go on with random numbers there
         missing = sorted(loaded["missing_keys"])
-        raise ModelError(f"the weights in {denoiser} do not load: {missing[0]} and {len(missing) - 1} more are missing")
+        raise ModelError(f"the weights in {denoiser} do not load: {len(missing)} tensors are missing, as {missing[0]}")
     float_network: nn.Module = network
     return float_network
 

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dmq_export.errors import ExportError
 from dmq_export.layer import LayerSpec
 from dmq_export.network import build_network
@@ -43,7 +45,9 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
 
     network = build_network(checkpoint, {layer.spec.name: _marker(layer.spec) for layer in checkpoint.layers})
     probe = checkpoint.probe
-    conditioning = {name: torch.from_numpy(value) for name, value in probe.conditioning.items()}
+    count = probe.sample.shape[1]
+    rows = np.arange(max(count, 2)) % count  # a batch of one would be taken for a constant
+    conditioning = {name: torch.from_numpy(value[rows]) for name, value in probe.conditioning.items()}
     batch = torch.export.Dim(BATCH)
     shapes: dict[str, Any] = {"sample": {0: batch}, "timestep": {}}
     shapes["conditioning"] = {name: {0: batch} for name in conditioning}
@@ -51,7 +55,7 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
         with _quiet():
             program = torch.onnx.export(
                 _positional(network, list(conditioning)),
-                (torch.from_numpy(probe.sample[0]), torch.tensor(float(probe.timesteps[0]))),
+                (torch.from_numpy(probe.sample[0, rows]), torch.tensor(float(probe.timesteps[0]))),
                 kwargs={"conditioning": conditioning},
                 dynamo=True,
                 opset_version=OPSET,
@@ -138,12 +142,14 @@ def _output_shape(spec: LayerSpec, shape: list[Any]) -> list[Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's own chatter (stdout, warnings, log) away from the user's results."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,10 +1,13 @@
 """Random quantized layers, and Hypothesis strategies for them."""
 
 import numpy as np
+import onnx_ir as ir
 from hypothesis import strategies as st
 
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
+
+TIMESTEPS = np.array([900, 500, 100], np.float32)  # of layers with tables of three rows
 
 
 def conv2d(**changes: object) -> LayerSpec:
@@ -114,3 +117,20 @@ def specs(draw: st.DrawFn) -> LayerSpec:
 
     shape = {"kernel": numbers(1, 3), "stride": numbers(1, 2), "padding": numbers(0, 2), "dilation": numbers(1, 2)}
     return conv2d(kind=kind, groups=groups, **common, **shape)
+
+
+def marked_model(spec: LayerSpec, x: np.ndarray) -> ir.Model:
+    """What tracing leaves of a network that is one layer."""
+    batched = ir.Shape(["batch", *x.shape[1:]])
+    sample = ir.Value(name="sample", shape=batched, type=ir.TensorType(ir.DataType.FLOAT))
+    timestep = ir.Value(name="timestep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Layer", [sample], {"layer": spec.name}, domain="dmq", num_outputs=1)
+    node.outputs[0].name = "marked"
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    out = ir.node("Identity", [node.outputs[0]], num_outputs=1)
+    out.outputs[0].name = "out_sample"
+    out.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [sample, timestep], [out.outputs[0]], nodes=[node, out], opset_imports={"": 21, "dmq": 1}, name="one_layer"
+    )
+    return ir.Model(graph, ir_version=10)

@@ -1,6 +1,7 @@
 """Tiny untrained diffusers models, saved as ordinary folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -32,6 +33,25 @@ def save_tiny_model(folder: Path) -> Path:
     """``folder/unet`` and ``folder/scheduler``, as a diffusers pipeline has them."""
     tiny_unet().save_pretrained(folder / "unet")
     return _with_scheduler(folder)
+
+
+def save_small_model(folder: Path, **changes: Any) -> Path:
+    """Unconditional unless ``changes`` say otherwise, 4x4, nine quantized layers."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 4,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (4,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "norm_num_groups": 2,
+        "add_attention": False,
+    }
+    UNet2DModel(**(settings | changes)).save_pretrained(folder / "unet")
+    DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def save_tiny_transformer(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from models import TINY_RECIPE
+from models import TINY_RECIPE, save_small_model
 from torch import nn
 
 from calib.calibrate import Limits, calibrate, conditioning_for
@@ -26,25 +26,6 @@ from dmq_export.progress import Progress
 
 RECIPE = replace(TINY_RECIPE, steps=2)
 CPU = Limits(torch.device("cpu"))
-
-
-def save_small_model(folder: Path, **changes: Any) -> Path:
-    """Unconditional unless ``changes`` say otherwise, 4x4, nine quantized layers."""
-    torch.manual_seed(0)
-    settings = {
-        "sample_size": 4,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (4,),
-        "down_block_types": ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-        "norm_num_groups": 2,
-        "add_attention": False,
-    }
-    UNet2DModel(**(settings | changes)).save_pretrained(folder / "unet")
-    DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
-    return folder
 
 
 @pytest.fixture(scope="module")

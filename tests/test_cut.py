@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from layers import SPECS, random_input, random_layer
+from layers import SPECS, TIMESTEPS, marked_model, random_input, random_layer
 from reference import layer_output, quantize_input
-from test_portable import TIMESTEPS, marked_model
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cut import cut_graph, cut_inputs, cut_outputs

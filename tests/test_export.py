@@ -11,7 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from layers import linear, random_layer
+from models import TINY_RECIPE, save_small_model
 
+from calib.calibrate import Limits, calibrate
 from calib.reference import load_reference
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
@@ -157,12 +159,16 @@ def test_saving_where_there_is_no_folder_is_an_error_that_names_it(model: ir.Mod
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_a_graph_that_is_not_the_reference_is_not_written(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_graph_that_is_not_the_reference_is_not_written(tmp_path: Path) -> None:
+    source, folder, output = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "model.onnx"
+    checkpoint = calibrate(
+        save_small_model(source), folder, TINY_RECIPE, Limits(torch.device("cpu")), Progress(show=False)
+    )
     # a probe of NaN, for which no graph can be proved right
-    probe = replace(tiny_checkpoint.probe, sample=np.full_like(tiny_checkpoint.probe.sample, np.nan))
-    save_checkpoint(replace(tiny_checkpoint, probe=probe), tmp_path / "checkpoint", run={})
-    (tmp_path / "model.onnx").write_bytes(b"older")
+    probe = replace(checkpoint.probe, sample=np.full_like(checkpoint.probe.sample, np.nan))
+    save_checkpoint(replace(checkpoint, probe=probe), folder, run={}, replace_existing=True)
+    output.write_bytes(b"older")
     with pytest.raises(CheckFailedError):
-        export_onnx(tmp_path / "checkpoint", tmp_path / "model.onnx", Progress(show=False))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model.onnx"]
-    assert (tmp_path / "model.onnx").read_bytes() == b"older"
+        export_onnx(folder, output, Progress(show=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model.onnx", "source"]
+    assert output.read_bytes() == b"older"

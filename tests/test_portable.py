@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import SPECS, conv2d, random_input, random_layer, specs
+from layers import SPECS, TIMESTEPS, conv2d, marked_model, random_input, random_layer, specs
 from reference import integer_output, layer_output, quantize_input
 
 from dmq_export.errors import ExportError
@@ -13,25 +13,6 @@ from dmq_export.export import serialized
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.portable import lower_portable
 from engines.ort import OnnxSession
-
-TIMESTEPS = np.array([900, 500, 100], np.float32)
-
-
-def marked_model(spec: LayerSpec, x: np.ndarray) -> ir.Model:
-    """What tracing leaves of a network that is one layer."""
-    batched = ir.Shape(["batch", *x.shape[1:]])
-    sample = ir.Value(name="sample", shape=batched, type=ir.TensorType(ir.DataType.FLOAT))
-    timestep = ir.Value(name="timestep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.node("Layer", [sample], {"layer": spec.name}, domain="dmq", num_outputs=1)
-    node.outputs[0].name = "marked"
-    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    out = ir.node("Identity", [node.outputs[0]], num_outputs=1)
-    out.outputs[0].name = "out_sample"
-    out.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [sample, timestep], [out.outputs[0]], nodes=[node, out], opset_imports={"": 21, "dmq": 1}, name="one_layer"
-    )
-    return ir.Model(graph, ir_version=10)
 
 
 def run_portable(layer: QuantizedLayer, x: np.ndarray, timestep: float) -> tuple[np.ndarray, np.ndarray]:
