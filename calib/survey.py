@@ -18,8 +18,9 @@ from dmq_export.errors import ModelError
 from dmq_export.layer import LayerSpec, Scheme
 
 KINDS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}
-# subclasses of the kinds included: their forward may do anything
-OTHER_WEIGHTED = (
+# every module with a weight that a product uses; a subclass of a supported kind is not supported, for its forward
+# may do anything
+WEIGHTED = (
     *KINDS,
     nn.Bilinear,
     nn.Conv3d,
@@ -144,7 +145,7 @@ def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequ
 def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequence[str]) -> tuple[FloatLayer, ...]:
     """The layers that are not quantized, each with the reason."""
     counts = Counter(call.name for call in calls)
-    modules = {name: module for name, module in source.network.named_modules() if _is_layer(module)}
+    modules = {name: module for name, module in source.network.named_modules() if isinstance(module, WEIGHTED)}
     obstacles = {name: why for name, module in modules.items() if (why := _obstacle(module, counts[name]))}
     embeddings = [name for name in modules if _matches(name, source.family.float_layers)]
     wanted = dict.fromkeys(embeddings, "time or label embedding")
@@ -175,10 +176,6 @@ def _excluded(names: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
             )
         excluded |= dict.fromkeys(matched, f"--float-layer {pattern}")
     return excluded
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return type(module) in KINDS or isinstance(module, OTHER_WEIGHTED)
 
 
 def _obstacle(module: nn.Module, runs: int) -> str | None:
