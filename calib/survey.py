@@ -17,10 +17,10 @@ from dmq_export.coverage import Coverage, FloatLayer
 from dmq_export.errors import ModelError
 from dmq_export.layer import LayerSpec, Scheme
 
-KINDS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}
+KINDS: dict[type[nn.Module], str] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}
 # every module with a weight that a product uses; a subclass of a supported kind is not supported, for its forward
 # may do anything
-WEIGHTED = (
+WEIGHTED: tuple[type[nn.Module], ...] = (
     *KINDS,
     nn.Bilinear,
     nn.Conv3d,

@@ -44,11 +44,21 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         (work / "new").mkdir()
         yield work / "new"
-        if path.exists():
-            path.rename(work / "old")
-        (work / "new").rename(path)
+        _take_place(work / "new", path, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path, old: Path) -> None:
+    """Move ``new`` to ``path`` and what was there to ``old``; or leave both as they were."""
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def require_file(path: Path) -> None:

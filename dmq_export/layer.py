@@ -125,6 +125,12 @@ class QuantizedLayer:
             if largest > limit:
                 raise CheckpointError(f"layer {spec.name}: {name} is {largest}, at most {limit} is allowed")
 
+        middle = 2 ** (spec.bits.activation - 1)
+        if spec.scheme == "symmetric" and (self.zero_point != middle).any():
+            raise CheckpointError(f"layer {spec.name}: a symmetric layer's zero points must be {middle}")
+        if self.bias is not None and not np.isfinite(self.bias).all():
+            raise CheckpointError(f"layer {spec.name}: bias must be finite")
+
     def _check_shapes(self) -> None:
         spec, parts, steps = self.spec, len(self.spec.parts), len(self.scale)
         expected: dict[str, tuple[tuple[int, ...], type]] = {

@@ -9,6 +9,7 @@ import pytest
 
 from dmq_export.errors import DmqError
 from dmq_export.files import (
+    _take_place,
     atomic_file,
     atomic_folder,
     make_folder,
@@ -249,3 +250,13 @@ def test_the_digest_is_written_in_lower_case_hex(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    (path / "precious").touch()
+    with pytest.raises(FileNotFoundError):
+        _take_place(tmp_path / "never written", path, tmp_path / "old")
+    assert names(path) == ["precious"]
+    assert names(tmp_path) == ["checkpoint"]

@@ -111,3 +111,16 @@ def test_scales_and_zero_points_of_unequal_step_counts_are_refused() -> None:
     layer = random_layer(conv2d(), steps=3)
     with pytest.raises(CheckpointError, match=r"zero_point is uint8 \[3, 1\], uint8 \[2, 1\] was expected"):
         replace(layer, scale=layer.scale[:2])
+
+
+def test_a_symmetric_layer_has_its_zero_point_in_the_middle() -> None:
+    layer = random_layer(conv2d(scheme="symmetric"))
+    assert (layer.zero_point == 128).all()
+    with pytest.raises(CheckpointError, match="layer conv: a symmetric layer's zero points must be 128"):
+        replace(layer, zero_point=layer.zero_point + np.uint8(1))
+
+
+def test_a_bias_that_is_not_finite_is_refused() -> None:
+    layer = random_layer(conv2d())
+    with pytest.raises(CheckpointError, match="layer conv: bias must be finite"):
+        replace(layer, bias=np.full(6, np.nan, np.float32))
