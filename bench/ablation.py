@@ -34,7 +34,7 @@ from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.sample import Engine, SampleSettings, draw_samples
+from dmq_export.commands.sample import Engine, SampleSettings, draw_samples, float_engine
 from dmq_export.layer import LayerSpec
 from dmq_export.progress import Progress
 from dmq_export.table import table
@@ -129,21 +129,17 @@ def score(source: SourceModel, recipe: Recipe) -> Score:
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
     sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
-    expected, drawn = _pictures(source, checkpoint)
+    expected, drawn = _pictures(checkpoint)
     return Score(float(np.mean(sqnr)), min(sqnr), psnr(expected, drawn))
 
 
-def _pictures(source: SourceModel, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+def _pictures(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     """Final samples of the float model and of the reference from the same noise."""
-    from calib.model import predict
-
-    def denoise(x: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return predict(source.network, x, torch.as_tensor(timestep), conditioning)
-
+    network = load_reference(checkpoint, torch.device("cpu"))
+    model = checkpoint.model
+    reference = Engine("reference", network, model.config, model.scheduler, checkpoint.recipe["steps"])
     settings = SampleSettings(count=PICTURES, seed=1000 + checkpoint.recipe["seed"], null_label=NO_LABEL, batch=64)
-    for network in (denoise, load_reference(checkpoint, torch.device("cpu"))):
-        engine = Engine("", network, checkpoint.model.config, checkpoint.model.scheduler, checkpoint.recipe["steps"])
+    for engine in (float_engine("digits", reference), reference):
         yield draw_samples(engine, settings, Progress(show=False))
 
 

@@ -166,9 +166,8 @@ def _fit_layers(
     progress: Progress,
 ) -> list[LayerFit]:
     fits = []
-    evaluations = calibration.inputs.shape[0] * calibration.inputs.shape[1]
-    for specs in _passes(surveyed.coverage.quantized, evaluations, limits.capture_bytes):
-        with progress.stage("layer inputs", evaluations, "evaluation") as advance:
+    for specs in _passes(surveyed.coverage.quantized, calibration.evaluations, limits.capture_bytes):
+        with progress.stage("layer inputs", calibration.evaluations, "evaluation") as advance:
             inputs = capture_inputs(source.network, calibration, specs, seed=recipe.seed, advance=advance)
         with progress.stage("layer fits", len(specs), "layer") as advance:
             for spec in specs:
@@ -231,8 +230,7 @@ def _vote(
     ]
     if not voters:
         return list(layers), {}
-    evaluations = calibration.inputs.shape[0] * calibration.inputs.shape[1]
-    with progress.stage("PTS votes", evaluations, "evaluation") as advance:
+    with progress.stage("PTS votes", calibration.evaluations, "evaluation") as advance:
         votes = vote(source.network, calibration, voters, kappa=recipe.pts_kappa, advance=advance)
     shifts = {name: result.shift.numpy().astype(np.uint8) for name, result in votes.items()}
     report = {

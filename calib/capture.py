@@ -123,8 +123,8 @@ class _Recorder:
 
     def __init__(self, spec: LayerSpec, trajectories: Trajectories, seed: int) -> None:
         self._spec = spec
-        self._steps, samples = trajectories.inputs.shape[:2]
-        self._per_sample = patches_per_sample(spec, self._steps * samples)
+        self._steps = len(trajectories.timesteps)
+        self._per_sample = patches_per_sample(spec, trajectories.evaluations)
         self._generator = torch.Generator().manual_seed(stream_seed(seed, "patches", spec.name))
         self._patches: list[Tensor] = []
         self._step_of: list[Tensor] = []

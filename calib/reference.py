@@ -104,6 +104,10 @@ class ReferenceModel:
         self.index = index
         self.timesteps = timesteps
 
+    @property
+    def layers(self) -> list[ReferenceLayer]:
+        return [module for module in self.network.modules() if isinstance(module, ReferenceLayer)]
+
     def __call__(self, sample: Tensor, timestep: Any, **conditioning: Tensor) -> Tensor:
         """One evaluation: ``sample [N, ...]`` at one ``timestep`` to the prediction ``[N, ...]``."""
         t = torch.as_tensor(timestep)
@@ -177,8 +181,7 @@ def record_layers(
         codes = module.codes(args[0]).cpu().numpy().astype(np.uint8)
         seen[module.spec.name] = LayerValues(args[0].cpu().numpy(), codes, output.cpu().numpy())
 
-    layers = [module for module in reference.network.modules() if isinstance(module, ReferenceLayer)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_hook(note) for layer in reference.layers]
     try:
         prediction = reference(sample, timestep, **conditioning)
     finally:
@@ -196,8 +199,7 @@ def perturbed(reference: ReferenceModel, relative: float, *, seed: int) -> Itera
         signs = torch.randint(0, 2, args[0].shape, generator=generator).to(args[0]) * 2 - 1
         return (args[0] * (1 + relative * signs), *args[1:])
 
-    layers = [module for module in reference.network.modules() if isinstance(module, ReferenceLayer)]
-    handles = [layer.register_forward_pre_hook(disturb) for layer in layers]
+    handles = [layer.register_forward_pre_hook(disturb) for layer in reference.layers]
     try:
         yield
     finally:

@@ -70,6 +70,11 @@ class Trajectories:
     conditioning: Mapping[str, Tensor]
     samples: Tensor
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network was asked: steps times samples."""
+        return self.inputs.shape[0] * self.inputs.shape[1]
+
 
 def record_trajectories(
     source: SourceModel,
