@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 import calib.fit
-from calib.calibrate import Limits, calibrated
+from calib.calibrate import calibrated
 from calib.capture import LayerInputs
 from calib.les import LesResult, LesSettings
 from calib.model import SourceModel, load_model
+from calib.plan import Limits
 from calib.recipe import Recipe, recipe_from
 from calib.reference import load_reference
 from calib.survey import survey

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from calib.calibrate import Limits, calibrated
+from calib.calibrate import calibrated
 from calib.model import load_model
+from calib.plan import Limits
 from calib.recipe import Rounding, recipe_from
 from calib.survey import survey
 from dmq_export.bits import Bits

@@ -1,10 +1,11 @@
 """AdaRound by block reconstruction: each weight is rounded up or down so that the block's output stays.
 
-Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). A block is fitted on the inputs that the already
-rounded model before it produces, against the outputs of the float model. Activations stay float.
+Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). A block is fitted on the inputs that the rounded model
+before it produces, against the outputs of the float model. Activations stay float. "Rounded" means by second moments
+(:mod:`calib.gptq`), where the fit starts everywhere; so no block waits for another.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ BETA_START, BETA_END = 20.0, 2.0
 WARM_UP = 0.2  # share of the iterations without the regularizer
 LEARNING_RATE = 1e-2
 BATCH = 32
+MOST_BYTES = 2**30  # of the inputs and outputs a block is fitted on
 CONFIDENCE = 0.7  # how far a weight starts towards the code it already has
 
 
@@ -92,34 +94,31 @@ class SoftLayer(nn.Module):
 
 def adaround(
     network: nn.Module,
-    blocks: Sequence[Block],
+    block: Block,
     layers: Sequence[QuantizedLayer],
     trajectories: Trajectories,
     *,
     iterations: int,
     evaluations: int,
     seed: int,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> list[QuantizedLayer]:
-    """``layers`` with their codes refined block by block, in their own order.
+    """The layers of ``block`` with their codes refined.
 
     Args:
         network: the float network.
-        evaluations: how many of the trajectories' evaluations a block is fitted on.
-        advance: called with 1 after each block, for progress.
+        layers: all quantized layers; the block's inputs are those that the others, as they are rounded so far, make.
+        evaluations: how many of the trajectories' evaluations the block is fitted on; fewer, if they would take more
+            than :data:`MOST_BYTES`.
     """
-    done: dict[str, QuantizedLayer] = {}
-    by_name = {layer.spec.name: layer for layer in layers}
-    subset = _first_samples(trajectories, evaluations)
-    for block in blocks:
-        target = _block_calls(network, block.name, subset).output
-        with quantized(network, list(done.values()), subset.timesteps, activations=False):
-            calls = replace(_block_calls(network, block.name, subset), output=target)
-        fitted = [by_name[name] for name in block.layers]
-        for layer in _fit_block(network, block, fitted, calls, iterations, stream_seed(seed, "round", block.name)):
-            done[layer.spec.name] = layer
-        advance(1)
-    return [done[layer.spec.name] for layer in layers]
+    size = _calls_bytes(_block_calls(network, block.name, _first_samples(trajectories, 1)))
+    subset = _first_samples(trajectories, min(evaluations, MOST_BYTES * len(trajectories.timesteps) // size))
+    target = _block_calls(network, block.name, subset).output
+    with quantized(
+        network, [layer for layer in layers if layer.spec.name not in block.layers], subset.timesteps, activations=False
+    ):
+        calls = replace(_block_calls(network, block.name, subset), output=target)
+    fitted = [layer for layer in layers if layer.spec.name in block.layers]
+    return _fit_block(network, block, fitted, calls, iterations, stream_seed(seed, "round", block.name))
 
 
 def _fit_block(
@@ -183,6 +182,12 @@ def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> B
     args = tuple(_joined([call[0][i] for call in calls]) for i in range(len(calls[0][0])))
     kwargs = {key: _joined([call[1][key] for call in calls]) for key in calls[0][1]}
     return BlockCalls(args, kwargs, torch.cat([call[2] for call in calls]))
+
+
+def _calls_bytes(calls: BlockCalls) -> int:
+    """Memory of all tensors."""
+    values = (*calls.args, *calls.kwargs.values(), calls.output)
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def _joined(values: list[Any]) -> Any:

@@ -1,19 +1,29 @@
-"""What calibration keeps of a layer's inputs: patches to fit on, and exact extrema to take ranges from."""
+"""What calibration keeps of a layer's inputs: patches to fit on, and exact extrema to take ranges from.
 
+Patches go to files, a region for each group of samples, and are read back memory-mapped, one layer at a time. So the
+memory this takes does not grow with the number of layers, and processes that share a calibration write one file.
+"""
+
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from calib.layer_op import take_patches
+from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
 from calib.trajectories import Trajectories
+from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.seeds import stream_seed
 
 GROUP = 16  # samples that share one extremum; ranges average over groups
+FEWEST_ROWS, MOST_ROWS = 4096, 8192
+MOST_NUMBERS = 2**26  # of one layer's patches: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,68 @@ class LayerInputs:
         low, high = self.extrema.low.to(device), self.extrema.high.to(device)
         return LayerInputs(self.patches.to(device), self.step.to(device), Extrema(low, high))
 
+    def thinned(self, numbers: int) -> "LayerInputs":
+        """Evenly spaced patches of at most about ``numbers`` numbers; the extrema of all."""
+        every = max(1, round(self.patches.numel() / numbers))
+        return LayerInputs(self.patches[::every], self.step[::every], self.extrema)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the calibration set an evaluation is.
+
+    Attributes:
+        group: of samples.
+        size: samples in that group.
+        first: of the evaluated samples, within the group.
+        step: row of the timesteps table.
+    """
+
+    group: int
+    size: int
+    first: int
+    step: int
+
+
+Visit = Callable[[Tensor, Place], None]
+
+
+def group_count(trajectories: Trajectories) -> int:
+    """Groups of :data:`GROUP` samples, the last one may be smaller."""
+    return -(-trajectories.inputs.shape[1] // GROUP)
+
+
+def replay(
+    network: nn.Module,
+    trajectories: Trajectories,
+    group: int,
+    visit: Mapping[str, Visit],
+    *,
+    batch: int = GROUP,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Evaluate the network on one group of samples, step by step; each named layer's ``visit`` receives its input.
+
+    Args:
+        batch: samples per evaluation.
+    """
+    device = next(network.parameters()).device
+    start = group * GROUP
+    size = min(GROUP, trajectories.inputs.shape[1] - start)
+    for step, timestep in enumerate(trajectories.timesteps):
+        for first in range(0, size, batch):
+            rows = slice(start + first, start + min(first + batch, size))
+            conditioning = {key: value[rows].to(device) for key, value in trajectories.conditioning.items()}
+            sample = trajectories.inputs[step, rows].to(device)
+            with torch.no_grad(), _inputs_seen(network, visit, Place(group, size, first, step)):
+                predict(network, sample, timestep.to(device), conditioning)
+            advance(len(sample))
+
 
 @contextmanager
-def _inputs_seen(network: nn.Module, visit: Mapping[str, Callable[[Tensor, int], None]], step: int) -> Iterator[None]:
+def _inputs_seen(network: nn.Module, visit: Mapping[str, Visit], place: Place) -> Iterator[None]:
     handles = [
-        network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], step))
+        network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], place))
         for name, see in visit.items()
     ]
     try:
@@ -56,12 +123,15 @@ def _inputs_seen(network: nn.Module, visit: Mapping[str, Callable[[Tensor, int],
             handle.remove()
 
 
+def columns_of(spec: LayerSpec) -> int:
+    """Inputs of one output: the length of a weight row."""
+    return spec.in_channels // spec.groups * math.prod(spec.kernel)
+
+
 def patch_rows(spec: LayerSpec) -> int:
     """How many patches to fit a layer on: rounding by second moments wants several times its columns."""
-    columns = spec.in_channels // spec.groups
-    for size in spec.kernel:
-        columns *= size
-    return max(4096, 8 * columns)
+    wanted = min(max(FEWEST_ROWS, 8 * columns_of(spec)), MOST_ROWS)
+    return min(wanted, max(1, MOST_NUMBERS // (spec.in_channels * math.prod(spec.kernel))))
 
 
 def patches_per_sample(spec: LayerSpec, evaluations: int) -> int:
@@ -70,77 +140,112 @@ def patches_per_sample(spec: LayerSpec, evaluations: int) -> int:
 
 
 def capture_bytes(spec: LayerSpec, evaluations: int) -> int:
-    """Memory that :func:`capture_inputs` keeps for a layer's patches; ``evaluations`` is samples times steps."""
-    taps = 1
-    for size in spec.kernel:
-        taps *= size
-    return 4 * evaluations * patches_per_sample(spec, evaluations) * spec.in_channels * taps
+    """Size of the file of a layer's patches; ``evaluations`` is samples times steps."""
+    return 4 * evaluations * patches_per_sample(spec, evaluations) * spec.in_channels * math.prod(spec.kernel)
 
 
-def capture_inputs(
-    network: nn.Module,
-    trajectories: Trajectories,
-    specs: Sequence[LayerSpec],
-    *,
-    seed: int,
-    advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, LayerInputs]:
-    """Run the network once over the calibration set and keep the inputs of ``specs``, on the CPU.
+class Captures:
+    """The inputs of several layers over a calibration set, captured group by group into ``work``.
 
     Args:
-        advance: called with the number of evaluations done, for progress.
+        specs: the layers of one pass over the set.
+        seed: of the patches' positions.
     """
-    recorders = {spec.name: _Recorder(spec, trajectories, seed) for spec in specs}
-    replay(network, trajectories, recorders, advance=advance)
-    return {name: recorder.result() for name, recorder in recorders.items()}
 
+    def __init__(self, work: WorkFolder, trajectories: Trajectories, specs: Sequence[LayerSpec], *, seed: int) -> None:
+        self._work = work
+        self._trajectories = trajectories
+        self._specs = specs
+        self._seed = seed
 
-def replay(
-    network: nn.Module,
-    trajectories: Trajectories,
-    visit: Mapping[str, Callable[[Tensor, int], None]],
-    *,
-    advance: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Evaluate the network on the whole set; each named layer's ``visit`` receives its input and the step's row.
+    def has(self, group: int) -> bool:
+        """Whether the group is captured."""
+        key = self._key(group)
+        return key in self._work and self._work.load(key).facts["layers"] == [spec.name for spec in self._specs]
 
-    Groups of :data:`GROUP` samples, each through all steps.
-    """
-    device = next(network.parameters()).device
-    steps, samples = trajectories.inputs.shape[:2]
-    for start in range(0, samples, GROUP):
-        group = slice(start, min(start + GROUP, samples))
-        conditioning = {key: value[group].to(device) for key, value in trajectories.conditioning.items()}
-        for step in range(steps):
-            sample = trajectories.inputs[step, group].to(device)
-            with torch.no_grad(), _inputs_seen(network, visit, step):
-                predict(network, sample, trajectories.timesteps[step].to(device), conditioning)
-            advance(len(sample))
+    def take(
+        self, network: nn.Module, group: int, *, batch: int = GROUP, advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Run the network once over a group of samples.
+
+        Args:
+            batch: samples per evaluation; which patches are taken does not depend on it.
+            advance: called with the number of evaluations done, for progress.
+        """
+        recorders = {
+            spec.name: _Recorder(spec, self._trajectories, self._file(spec), self._seed) for spec in self._specs
+        }
+        replay(network, self._trajectories, group, recorders, batch=batch, advance=advance)
+        tensors = {
+            f"{name}/{end}": table for name, recorder in recorders.items() for end, table in recorder.extrema().items()
+        }
+        self._work.save(self._key(group), tensors, {"layers": list(recorders)})
+
+    def load(self, spec: LayerSpec) -> LayerInputs:
+        """A layer's inputs once every group is captured; the patches are memory-mapped."""
+        per_sample = patches_per_sample(spec, self._trajectories.evaluations)
+        shape = (self._trajectories.evaluations * per_sample, spec.in_channels, math.prod(spec.kernel))
+        patches = torch.from_file(str(self._file(spec)), size=math.prod(shape), dtype=torch.float32).view(shape)
+        samples, steps = self._trajectories.inputs.shape[1], len(self._trajectories.timesteps)
+        sizes = [min(GROUP, samples - first) for first in range(0, samples, GROUP)]
+        step = torch.cat([torch.arange(steps).repeat_interleave(size * per_sample) for size in sizes])
+        groups = [self._work.load(self._key(group)).tensors for group in range(len(sizes))]
+        low, high = (torch.stack([group[f"{spec.name}/{end}"] for group in groups]) for end in ("low", "high"))
+        return LayerInputs(patches, step, Extrema(low, high))
+
+    def forget(self) -> None:
+        """Delete the patches, which nobody needs once the layers are fitted."""
+        for spec in self._specs:
+            self._file(spec).unlink(missing_ok=True)
+
+    def _key(self, group: int) -> str:
+        return f"captures/{self._specs[0].name}/{group}"
+
+    def _file(self, spec: LayerSpec) -> Path:
+        return self._work.raw(f"{spec.name}.patches")
 
 
 class _Recorder:
-    """Collects one layer's :class:`LayerInputs` call by call."""
+    """Writes one layer's patches of one group, call by call, and keeps its extrema."""
 
-    def __init__(self, spec: LayerSpec, trajectories: Trajectories, seed: int) -> None:
+    def __init__(self, spec: LayerSpec, trajectories: Trajectories, file: Path, seed: int) -> None:
         self._spec = spec
         self._steps = len(trajectories.timesteps)
         self._per_sample = patches_per_sample(spec, trajectories.evaluations)
-        self._generator = torch.Generator().manual_seed(stream_seed(seed, "patches", spec.name))
-        self._patches: list[Tensor] = []
-        self._step_of: list[Tensor] = []
-        self._low: list[Tensor] = []
-        self._high: list[Tensor] = []
+        self._seed = seed
+        self._file = file
+        shape = (self._steps, spec.in_channels)
+        self._low, self._high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+        with self._file.open("ab") as stream:
+            stream.truncate(capture_bytes(spec, trajectories.evaluations))
 
-    def __call__(self, x: Tensor, step: int) -> None:
-        self._patches.append(take_patches(self._spec, x, self._per_sample, self._generator).cpu())
-        self._step_of.append(torch.full((len(self._patches[-1]),), step))
+    def __call__(self, x: Tensor, place: Place) -> None:
+        # drawn for the whole group, so that they do not depend on how many samples are evaluated at once
+        generator = torch.Generator().manual_seed(
+            stream_seed(self._seed, "patches", self._spec.name, place.group, place.step)
+        )
+        positions = draw_positions(self._spec, (place.size, *x.shape[1:]), self._per_sample, generator)
+        own = positions[place.first : place.first + len(x)]
+        self._write(take_patches(self._spec, x, own), place)
         axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
-        self._low.append(x.amin(axes).cpu())
-        self._high.append(x.amax(axes).cpu())
+        self._low[place.step] = torch.minimum(self._low[place.step], x.amin(axes).cpu())
+        self._high[place.step] = torch.maximum(self._high[place.step], x.amax(axes).cpu())
 
-    def result(self) -> LayerInputs:
-        def table(rows: list[Tensor]) -> Tensor:
-            return torch.stack(rows).view(-1, self._steps, self._spec.in_channels)
+    def _write(self, patches: Tensor, place: Place) -> None:
+        sample = place.group * GROUP * self._steps + place.step * place.size + place.first
+        content = patches.cpu().contiguous().numpy()
+        offset = sample * self._per_sample * content[0].nbytes
+        descriptor = os.open(self._file, os.O_WRONLY)
+        try:
+            _write_all(descriptor, memoryview(content.tobytes()), offset)
+        finally:
+            os.close(descriptor)
 
-        extrema = Extrema(table(self._low), table(self._high))
-        return LayerInputs(torch.cat(self._patches), torch.cat(self._step_of), extrema)
+    def extrema(self) -> dict[str, Tensor]:
+        return {"low": self._low, "high": self._high}
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

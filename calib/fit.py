@@ -1,24 +1,28 @@
 """Fits one layer on its own: equivalent scaling, activation range, weight grid, rounding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib.capture import LayerInputs
 from calib.fake_quant import QParams, choose_qparams
-from calib.layer_op import product, scaled_weight, weight_matrix, weight_of
+from calib.layer_op import product, scaled_weight, weight_matrix
 from calib.les import LesResult, LesSettings, fit_les
 from calib.metrics import decibels
 from calib.ranges import activation_range, clip_range, quantized_patches
 from calib.recipe import Recipe
 from calib.rounding import dequantized_weight, output_error, round_weight
 from calib.weight_grid import grid_qparams, minmax_qparams
+from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.seeds import stream_seed
+
+LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at
+GAIN_OUTPUTS = 64  # output channels that the gain of learned rounding is estimated on
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,33 @@ class LayerFit:
     layer: QuantizedLayer
     report: dict[str, Any]
 
+    def save(self, work: WorkFolder) -> None:
+        """Keep the fit; :func:`load_fit` gives it back."""
+        tensors = {name: torch.from_numpy(array) for name, array in self.layer.tensors().items()}
+        work.save(fit_key(self.layer.spec), tensors, self.report)
 
-def fit_layer(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
-    """Quantize ``module`` by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later."""
-    weight = weight_of(module)
+
+def fit_key(spec: LayerSpec) -> str:
+    """Under which key a layer's fit is kept."""
+    return f"fits/{spec.name}"
+
+
+def load_fit(spec: LayerSpec, work: WorkFolder) -> LayerFit:
+    """A fit that was kept."""
+    entry = work.load(fit_key(spec))
+    arrays: dict[str, Any] = {"bias": None} | {name: tensor.numpy() for name, tensor in entry.tensors.items()}
+    return LayerFit(QuantizedLayer(spec, **arrays), dict(entry.facts))
+
+
+def fit_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
+    """Quantize a layer by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later."""
     learned = recipe.rounding != "nearest"
     les = _equivalent_scaling(spec, weight, inputs, recipe, learned=learned)
     scaled = scaled_weight(spec, weight, les.tau)
-    x = inputs.patches / les.tau[:, None]
     weight_qparams = _weight_qparams(spec, scaled, recipe)
-    codes = round_weight(spec, scaled, weight_qparams, x, learned=learned)
-    activation = _activation_qparams(spec, scaled, inputs, les.tau, recipe)
+    codes = round_weight(spec, scaled, weight_qparams, inputs.patches, learned=learned, tau=les.tau)
+    few = inputs.thinned(LOOKED_AT)
+    activation = _activation_qparams(spec, scaled, few, les.tau, recipe)
     rounded = dequantized_weight(spec, codes, weight_qparams)
     layer = QuantizedLayer(
         spec=spec,
@@ -49,13 +69,14 @@ def fit_layer(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: R
         shift=np.zeros(spec.in_channels, np.uint8),
         scale=_floats(activation.scale),
         zero_point=_integers(activation.zero_point),
-        bias=_bias(module),
+        bias=None if bias is None else _floats(bias),
     )
+    x = few.patches / les.tau[:, None]
     report = {
         "tau": [float(les.tau.min()), float(les.tau.max())],
         "step_loss": les.step_loss.tolist(),
         "step_weight": les.step_weight.tolist(),
-        **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, inputs.step, activation)),
+        **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, few.step, activation)),
     }
     return LayerFit(layer, report)
 
@@ -83,7 +104,10 @@ def _equivalent_scaling(
 
 
 def _rounding_gain(spec: LayerSpec, weight: Tensor, inputs: LayerInputs) -> float:
-    """Output error of learned rounding over that of rounding to nearest, both on min-max ranges."""
+    """Output error of learned rounding over that of rounding to nearest, both on min-max ranges, of some outputs."""
+    if spec.groups == 1 and spec.out_channels > GAIN_OUTPUTS:
+        weight = weight[:: spec.out_channels // GAIN_OUTPUTS]
+        spec = replace(spec, out_channels=len(weight))
     qparams = minmax_qparams(spec, weight)
     nearest, learned = (
         dequantized_weight(spec, round_weight(spec, weight, qparams, inputs.patches, learned=how), qparams)
@@ -121,8 +145,3 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 def _integers(values: Tensor) -> NDArray[np.uint8]:
     return values.detach().cpu().numpy().astype(np.uint8)
-
-
-def _bias(module: nn.Module) -> NDArray[np.float32] | None:
-    bias = module.bias
-    return _floats(bias) if isinstance(bias, torch.Tensor) else None

@@ -22,9 +22,7 @@ def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> 
         qparams: scale and zero point of every weight, ``[O, n]``.
         moments: ``X X^T``, ``[n, n]``.
     """
-    # the scale of the moments does not matter; normalised, inputs that are always zero leave the damping alone
-    damped = moments / moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
-    damped.diagonal().add_(DAMPING)
+    damped, _ = _damped(moments)
     order = damped.diagonal().argsort(descending=True, stable=True)
     back = order.argsort()
     ordered = QParams(qparams.scale[:, order], qparams.zero_point[:, order])
@@ -32,6 +30,25 @@ def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> 
     for _ in range(SWEEPS):
         codes = _sweep(weight, codes, qparams, damped, bits)
     return codes
+
+
+def compensation(moments: Tensor, correlation: Tensor) -> Tensor:
+    """The change of weights ``[n, O]`` that best makes an output error vanish: ``(X X^T)^-1 X R``.
+
+    Args:
+        moments: ``X X^T``, ``[n, n]``.
+        correlation: ``X R``, ``[n, O]``, of the inputs with the error.
+    """
+    damped, unit = _damped(moments)
+    return torch.cholesky_solve(correlation / unit, torch.linalg.cholesky(damped))
+
+
+def _damped(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments over their mean diagonal, damped, and that mean; inputs that are always zero leave the damping alone."""
+    unit = moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
+    damped = moments / unit
+    damped.diagonal().add_(DAMPING)
+    return damped, unit
 
 
 def _surgeon(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:

@@ -5,6 +5,9 @@ layer is the case ``K = 1``. Patches taken at a few random positions estimate an
 the whole feature map, and zero padding needs no care because quantization keeps zero exact.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,32 +37,43 @@ def product(spec: LayerSpec, patches: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("mgk,gok->mgo", grouped, rows).flatten(1)
 
 
-def take_patches(spec: LayerSpec, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Patches at ``count`` random output positions of every sample, ``[N * count, C, K]``.
+def draw_positions(spec: LayerSpec, shape: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random output positions of every sample, ``[N, count, axes]``; a linear layer's are token numbers.
 
     Args:
-        x: the layer's input, ``[N, C, ...]`` or ``[N, ..., C]``.
+        shape: of the layer's input, ``[N, C, ...]`` or ``[N, ..., C]``.
         generator: on the CPU, so that the positions do not depend on the device.
     """
     if spec.kind == "linear":
+        outputs = [math.prod(shape[1:-1])]
+    else:
+        reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+        room = zip(shape[2:], spec.padding, reaches, spec.stride, strict=True)
+        outputs = [(size + 2 * pad - reach - 1) // stride + 1 for size, pad, reach, stride in room]
+    return torch.stack([torch.randint(n, (shape[0], count), generator=generator) for n in outputs], dim=-1)
+
+
+def take_patches(spec: LayerSpec, x: Tensor, positions: Tensor) -> Tensor:
+    """The patches under ``positions [N, count, axes]``, ``[N * count, C, K]``.
+
+    Args:
+        x: the layer's input, ``[N, C, ...]`` or ``[N, ..., C]``.
+    """
+    samples = torch.arange(len(x), device=x.device)
+    if spec.kind == "linear":
         tokens = x.reshape(len(x), -1, spec.in_channels)
-        where = torch.randint(tokens.shape[1], (len(x), count), generator=generator).to(x.device)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return tokens[rows, where].reshape(-1, spec.in_channels, 1)
-    axes = len(spec.kernel)
+        return tokens[samples[:, None], positions[..., 0].to(x.device)].reshape(-1, spec.in_channels, 1)
+    axes, count = len(spec.kernel), positions.shape[1]
     sides = [(p, p) for p in reversed(spec.padding)]
     padded = F.pad(x, [pad for pair in sides for pad in pair])
-    index: list[Tensor | slice] = [torch.arange(len(x)).view(-1, 1, *[1] * axes), slice(None)]
+    index: list[Tensor | slice] = [samples.view(-1, 1, *[1] * axes), slice(None)]
     for axis in range(axes):
-        reach = spec.dilation[axis] * (spec.kernel[axis] - 1)
-        outputs = (padded.shape[2 + axis] - reach - 1) // spec.stride[axis] + 1
-        start = torch.randint(outputs, (len(x), count), generator=generator) * spec.stride[axis]
+        start = positions[..., axis] * spec.stride[axis]
         taps = torch.arange(spec.kernel[axis]) * spec.dilation[axis]
         shape = [1] * axes
         shape[axis] = -1
-        index.append(start.view(len(x), count, *[1] * axes) + taps.view(shape))
-    on_device = tuple(i.to(x.device) if isinstance(i, Tensor) else i for i in index)
-    patches = padded[on_device]  # [N, count, *kernel, C]: the channel slice goes last
+        index.append((start.view(len(x), count, *[1] * axes) + taps.view(shape)).to(x.device))
+    patches = padded[tuple(index)]  # [N, count, *kernel, C]: the channel slice goes last
     return patches.movedim(-1, 2).reshape(len(x) * count, spec.in_channels, -1)
 
 

@@ -4,7 +4,7 @@ DMQ, section 3.1: ``Y = (X / tau)(tau^T * W)``; ``tau`` is learned layer by laye
 quantized product stays close to the float one. ``tau = exp(theta)`` keeps it positive.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from calib.ranges import activation_range, quantized_patches
 from calib.weight_grid import minmax_qparams
 from calib.weighting import TimestepWeights
 from dmq_export.layer import LayerSpec
+
+OUTPUTS = 128  # output channels that an iteration looks at
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,22 @@ def fit_les(
     for _ in range(settings.iterations):
         pick = torch.randint(len(inputs.patches), (settings.batch,), generator=generator).to(device)
         step = inputs.step[pick]
-        loss = _row_losses(spec, weight, inputs, pick, theta.exp(), static, rounding_gain)
+        part, rows = _some_outputs(spec, weight, generator)
+        loss = _row_losses(part, rows, inputs, pick, theta.exp(), static, rounding_gain)
         weighted = (loss * step_weights.update(loss, step)).mean()
         optimizer.zero_grad()
         weighted.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return LesResult(theta.detach().exp(), step_weights.average, step_weights.weights())
+
+
+def _some_outputs(spec: LayerSpec, weight: Tensor, generator: torch.Generator) -> tuple[LayerSpec, Tensor]:
+    """The layer with :data:`OUTPUTS` of its output channels: each has its own range, and the loss is their mean."""
+    if spec.groups > 1 or spec.out_channels <= OUTPUTS:
+        return spec, weight
+    chosen = torch.randperm(spec.out_channels, generator=generator)[:OUTPUTS]
+    return replace(spec, out_channels=OUTPUTS), weight[chosen.to(weight.device)]
 
 
 def _row_losses(

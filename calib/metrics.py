@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from calib.trajectories import Trajectories
@@ -18,10 +19,23 @@ def decibels(reference: Tensor, other: Tensor) -> float:
     return 10 * math.log10(max(signal, 1e-30) / noise)
 
 
-def prediction_sqnr(denoise: Callable[..., Tensor], held_out: Trajectories) -> list[float]:
-    """SQNR of ``denoise`` against the recorded float predictions, in dB, one per step ``[T]``."""
-    conditioning = held_out.conditioning
+def prediction_sqnr(denoise: Callable[..., Tensor], held_out: Trajectories, *, batch: int | None = None) -> list[float]:
+    """SQNR of ``denoise`` against the recorded float predictions, in dB, one per step ``[T]``.
+
+    Args:
+        batch: samples per evaluation; None for all at once.
+    """
+    samples = held_out.inputs.shape[1]
+    parts = [slice(start, start + (batch or samples)) for start in range(0, samples, batch or samples)]
     return [
-        decibels(expected, denoise(x, timestep, **conditioning))
+        decibels(
+            expected,
+            torch.cat(
+                [
+                    denoise(x[rows], timestep, **{key: value[rows] for key, value in held_out.conditioning.items()})
+                    for rows in parts
+                ]
+            ),
+        )
         for timestep, x, expected in zip(held_out.timesteps, held_out.inputs, held_out.predictions, strict=True)
     ]

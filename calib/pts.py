@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calib.capture import replay
+from calib.capture import GROUP, Place, replay
 from calib.fake_quant import QParams, fake_quantize
 from calib.layer_op import expand_parts
 from calib.trajectories import Trajectories
@@ -52,18 +52,19 @@ def decide(counts: Tensor, kappa: float) -> Vote:
     return Vote(torch.where(share > kappa, winner, 0), share)
 
 
-def vote(
+def count_votes(
     network: nn.Module,
     trajectories: Trajectories,
+    group: int,
     layers: Sequence[QuantizedLayer],
     *,
-    kappa: float,
+    batch: int = GROUP,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Vote]:
-    """One vote per layer, from the float network's inputs over the whole calibration set."""
+) -> dict[str, Tensor]:
+    """How many samples of a group prefer each exponent, by layer ``[4, C]``, on the float network's inputs."""
     ballots = {layer.spec.name: _Ballot(layer) for layer in layers}
-    replay(network, trajectories, ballots, advance=advance)
-    return {name: decide(ballot.counts, kappa) for name, ballot in ballots.items()}
+    replay(network, trajectories, group, ballots, batch=batch, advance=advance)
+    return {name: ballot.counts for name, ballot in ballots.items()}
 
 
 class _Ballot:
@@ -76,10 +77,10 @@ class _Ballot:
         self._tables = [expand_parts(layer.spec, torch.from_numpy(table.copy())) for table in tables]
         self.counts = torch.zeros(EXPONENTS, layer.spec.in_channels, dtype=torch.int64)
 
-    def __call__(self, x: Tensor, step: int) -> None:
+    def __call__(self, x: Tensor, place: Place) -> None:
         spec = self._layer.spec
         channels_first = x.movedim(spec.channel_axis, 1).reshape(len(x), spec.in_channels, -1)
-        row = step if len(self._tables[0]) > 1 else 0
+        row = place.step if len(self._tables[0]) > 1 else 0
         qparams = QParams(*(table[row][:, None].to(x.device) for table in self._tables))
         scaled = channels_first / self._tau[:, None].to(x.device)
         best = best_exponents(scaled, qparams, spec.bits.activation)

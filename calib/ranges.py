@@ -10,7 +10,6 @@ from dmq_export.layer import LayerSpec
 
 CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(1, 13))  # 0.95 .. 0.40
 CLIP_PATIENCE = 2
-CLIP_ROWS = 4096  # patches the clipping search looks at
 
 
 def activation_range(spec: LayerSpec, extrema: Extrema, tau: Tensor, *, static: bool) -> Range:
@@ -38,8 +37,7 @@ def clip_range(spec: LayerSpec, weight: Tensor, inputs: LayerInputs, tau: Tensor
     Args:
         weight: ``W * tau``, ``[O, C / groups, *kernel]``.
     """
-    rows = slice(0, None, max(1, len(inputs.patches) // CLIP_ROWS))
-    x, step = inputs.patches[rows] / tau[:, None], inputs.step[rows]
+    x, step = inputs.patches / tau[:, None], inputs.step
     matrix = weight_matrix(spec, weight)
 
     def loss(candidate: Range) -> Tensor:

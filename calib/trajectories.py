@@ -4,7 +4,7 @@ The sampler runs once per sample and every step of it is recorded, so ``T`` eval
 it for each step, as the method's published code does, takes ``T (T + 1) / 2``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from dmq_export.sampling import Evaluation, Guidance, sample
 from dmq_export.schedulers import build_scheduler, step_options
 from dmq_export.seeds import stream_seed
 
-BATCH = 32
+CONDITIONING = "conditioning/"
 
 
 @dataclass(frozen=True)
@@ -75,46 +75,37 @@ class Trajectories:
         """How often the network was asked: steps times samples."""
         return self.inputs.shape[0] * self.inputs.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; :meth:`of_tensors` makes the trajectories of them again."""
+        own = {name: getattr(self, name) for name in ("timesteps", "inputs", "predictions", "samples")}
+        return own | {f"{CONDITIONING}{name}": value for name, value in self.conditioning.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Trajectories":
+        """The trajectories of their :meth:`tensors`."""
+        own = {name: value for name, value in tensors.items() if not name.startswith(CONDITIONING)}
+        told = {name.removeprefix(CONDITIONING): value for name, value in tensors.items() if name not in own}
+        return cls(**own, conditioning=told)
+
 
 def record_trajectories(
     source: SourceModel,
     settings: SamplerSettings,
     conditioning: Conditioning,
+    indices: range,
     *,
-    count: int,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Trajectories:
-    """Sample ``count`` trajectories from noise; sample ``i`` depends on ``seed`` and ``i`` alone.
+    """Sample the trajectories ``indices`` from noise, all at once; number ``i`` depends on ``seed`` and ``i`` alone.
 
     Args:
+        conditioning: of all trajectories there are.
         advance: called with the number of evaluations done, for progress.
 
     Raises:
         DmqError: the scheduler cannot be built, or does not take ``eta``.
     """
-    batches = [
-        _record_batch(source, settings, conditioning, range(start, min(start + BATCH, count)), seed, advance)
-        for start in range(0, count, BATCH)
-    ]
-    first = batches[0]
-    return Trajectories(
-        timesteps=first.timesteps,
-        inputs=torch.cat([batch.inputs for batch in batches], dim=1),
-        predictions=torch.cat([batch.predictions for batch in batches], dim=1),
-        conditioning={key: torch.cat([batch.conditioning[key] for batch in batches]) for key in first.conditioning},
-        samples=torch.cat([batch.samples for batch in batches]),
-    )
-
-
-def _record_batch(
-    source: SourceModel,
-    settings: SamplerSettings,
-    conditioning: Conditioning,
-    indices: range,
-    seed: int,
-    advance: Callable[[int], None],
-) -> Trajectories:
     device = next(source.network.parameters()).device
     scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps)
     given, without = (
@@ -140,6 +131,18 @@ def _record_batch(
             callback=recorder.note,
         )
     return recorder.trajectories(samples)
+
+
+def joined(batches: Sequence[Trajectories]) -> Trajectories:
+    """One set of several recorded with the same settings."""
+    first = batches[0]
+    return Trajectories(
+        timesteps=first.timesteps,
+        inputs=torch.cat([batch.inputs for batch in batches], dim=1),
+        predictions=torch.cat([batch.predictions for batch in batches], dim=1),
+        conditioning={key: torch.cat([batch.conditioning[key] for batch in batches]) for key in first.conditioning},
+        samples=torch.cat([batch.samples for batch in batches]),
+    )
 
 
 class _Recorder:

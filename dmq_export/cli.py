@@ -13,6 +13,7 @@ from dmq_export import __version__
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
+from dmq_export.memory import parse_size
 from dmq_export.schedulers import SCHEDULERS
 
 FOLDER = click.Path(path_type=Path)
@@ -51,6 +52,15 @@ class LabelList(click.ParamType[tuple[int, ...]]):
                 self.fail(f"{value!r} is no list of labels: write 0,3,7 or 0-9", param, ctx)
             labels += range(int(first), int(last or first) + 1)
         return tuple(labels)
+
+
+class Size(click.ParamType[int]):
+    """``8GB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_size(str(value))
 
 
 class BitWidths(click.ParamType[Bits]):
@@ -115,29 +125,44 @@ def main() -> None:
 @click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
 @seed_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="To calibrate on.")
+@click.option("--max-memory", type=Size(), show_default="what is free", help="Such as 8GB; of the GPU on CUDA.")
+@click.option("--workers", type=click.IntRange(min=1), show_default="cores", help="Processes that fit on the CPU.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be quantized, and what that would take.")
+@click.option("--log-json", type=click.Path(path_type=Path, dir_okay=False), help="File for a line of JSON per event.")
 @click.option("--strict", is_flag=True, help="Fail if a layer stays float for another reason than policy.")
-@click.option("--fresh", is_flag=True, help="Replace an existing checkpoint.")
+@click.option("--fresh", is_flag=True, help="Replace an existing checkpoint; discard unfinished work.")
 @json_option
 def calibrate(
     model: str,
     output: Path,
     preset: Preset,
+    dry_run: bool,
+    as_json: bool,
     device: Any,
+    max_memory: int | None,
+    workers: int | None,
+    log_json: Path | None,
     strict: bool,
     fresh: bool,
-    as_json: bool,
     **settings: Any,
 ) -> None:
     r"""Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
 
+    A calibration that was stopped goes on where it was when the same command is given again. Under torchrun,
+    the processes share the work.
+
     \b
     dmq-export calibrate digits -o ckpt --bits w4a6 --null-label 10
+    torchrun --nproc-per-node 4 -m dmq_export calibrate MODEL -o ckpt
     """
-    from dmq_export.commands.calibrate import calibrate_model
+    from dmq_export.commands.calibrate import Means, calibrate_model, plan_model
 
     recipe = recipe_from(preset, **settings)
-    result = calibrate_model(model, output, recipe, device=device, strict=strict, fresh=fresh)
-    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+    means = Means(device, max_memory, workers, log_json)
+    run = plan_model if dry_run else calibrate_model
+    result = run(model, output, recipe, means, strict=strict, fresh=fresh)
+    if result is not None:  # one of the processes of torchrun speaks for all
+        click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 
 @main.command()

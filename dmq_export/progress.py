@@ -1,10 +1,21 @@
-"""Progress bars with an ETA on stderr, and the time each stage took."""
+"""Progress bars with an ETA on stderr, a log for programs, and the time each stage took."""
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from dmq_export.memory import peak_memory
+
+
+class Advance(Protocol):
+    """Called with how many units are done more, and what was done, if that has a name."""
+
+    def __call__(self, count: int, what: str = "", /) -> None: ...
 
 
 class Progress:
@@ -12,26 +23,46 @@ class Progress:
 
     Args:
         show: False hides the bars; by default they are hidden where stderr is no terminal.
+        log: a file that receives one JSON object per line for everything that happens.
     """
 
-    def __init__(self, *, show: bool | None = None) -> None:
+    def __init__(self, *, show: bool | None = None, log: Path | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._show = show
+        self._log = log
+        self._start = time.perf_counter()
 
     def restarted(self) -> "Progress":
-        """Another one that shows as this does and has counted nothing."""
-        return Progress(show=self._show)
+        """Another one that shows and logs as this does and has counted nothing."""
+        return Progress(show=self._show, log=self._log)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Log an event; without a log, nothing."""
+        if self._log is None:
+            return
+        at = {"event": event, "at": round(time.perf_counter() - self._start, 3)}
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(at | facts) + "\n")
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         """The block receives ``advance(n)``; seconds of stages with one name add up."""
         start = time.perf_counter()
+        self.note("stage", stage=name, total=total, unit=unit)
         disable = None if self._show is None else not self._show
+        done = 0
         # disable=None: tqdm hides the bar where the stream is no terminal
         with tqdm(total=total, desc=name, unit=unit, disable=disable, leave=False) as bar:
 
-            def advance(count: int) -> None:
+            def advance(count: int, what: str = "") -> None:
+                nonlocal done
+                done += count
+                if what:
+                    bar.set_postfix_str(what, refresh=False)
                 bar.update(count)
+                self.note("progress", stage=name, done=done, total=total, **({"what": what} if what else {}))
 
             yield advance
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        self.note("stage done", stage=name, seconds=round(taken, 3), peak_memory_bytes=peak_memory())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import TINY_RECIPE, save_tiny_model
 
-from calib.calibrate import Limits, calibrate
+from calib.calibrate import calibrate
+from calib.plan import Limits
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.progress import Progress

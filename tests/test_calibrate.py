@@ -15,8 +15,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 from models import TINY_RECIPE, save_small_model
 from torch import nn
 
-from calib.calibrate import Limits, calibrate, conditioning_for
+from calib.calibrate import calibrate
+from calib.conditioning import conditioning_for
 from calib.model import load_model
+from calib.plan import Limits
 from calib.recipe import Recipe
 from calib.reference import quantized
 from dmq_export.bits import Bits
@@ -64,10 +66,10 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(
     assert all(not np.array_equal(a.scale, b.scale) for a, b in zip(other.layers, calibrated[1].layers, strict=True))
 
 
-def test_the_memory_limit_changes_the_number_of_passes_and_nothing_else(
+def test_the_disk_limit_changes_the_number_of_passes_and_nothing_else(
     small_model: Path, calibrated: tuple[Path, Checkpoint], tmp_path: Path
 ) -> None:
-    run(small_model, tmp_path / "out", limits=Limits(torch.device("cpu"), capture_bytes=1))
+    run(small_model, tmp_path / "out", limits=Limits(torch.device("cpu"), disk=1))
     assert contents(tmp_path / "out") == contents(calibrated[0])
 
 

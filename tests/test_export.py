@@ -13,7 +13,8 @@ import torch
 from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
 
-from calib.calibrate import Limits, calibrate
+from calib.calibrate import calibrate
+from calib.plan import Limits
 from calib.reference import load_reference
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calib.recipe import Recipe
 from dmq_export.bundled import model_folder
-from dmq_export.checkpoint import Checkpoint
+from dmq_export.checkpoint import Checkpoint, require_place
+from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError
+from dmq_export.memory import in_words, peak_memory
 from dmq_export.progress import Progress
 from dmq_export.table import table
+
+if TYPE_CHECKING:
+    from calib.plan import Limits, Plan
 
 Device = Literal["auto", "cpu", "cuda"]
 WORST_SHOWN = 5
@@ -19,11 +25,13 @@ WORST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """A written checkpoint and how long it took, by stage."""
+    """A written checkpoint, and what it took: seconds by stage, bytes of this process and of the largest worker."""
 
     folder: Path
     checkpoint: Checkpoint
     seconds: dict[str, float]
+    peak_memory: int
+    peak_of_a_worker: int
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -34,20 +42,28 @@ class Calibration:
             "float": {layer.name: layer.reason for layer in coverage.float_layers},
             "prediction_sqnr_db": self.checkpoint.metrics["prediction_sqnr_db"],
             "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "peak_memory_of_a_worker_bytes": self.peak_of_a_worker,
         }
 
     def text(self) -> str:
         """The coverage of every layer, then the quality, the worst layers and the time."""
         coverage = self.checkpoint.coverage
-        total = sum(self.seconds.values())
         return "\n\n".join(
             [
                 coverage.table(),
                 self._quality(),
                 self._worst_layers(),
-                f"{coverage.summary()}\n{self.folder} written after {total:.0f} s",
+                self._cost(),
+                f"{coverage.summary()}\n{self.folder} written",
             ]
         )
+
+    def _cost(self) -> str:
+        rows = [(stage, f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
+        times = table(("seconds", ""), [*rows, ("total", f"{sum(self.seconds.values()):.1f}")], right=(1,))
+        worker = f", {in_words(self.peak_of_a_worker)} in a worker" if self.peak_of_a_worker else ""
+        return f"{times}\n\npeak memory {in_words(self.peak_memory)}{worker}"
 
     def _quality(self) -> str:
         sqnr = self.checkpoint.metrics["prediction_sqnr_db"]
@@ -65,26 +81,83 @@ class Calibration:
         return table(("worst layers", "output SQNR", "weights alone", "activations alone"), rows, right=(1, 2, 3))
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a calibration may use, and where it says what it does.
+
+    Attributes:
+        device: to calibrate on.
+        memory: bytes; None for what is free.
+        workers: processes that fit layers on the CPU; None for as many as there are cores, where it pays.
+        log: file for a line of JSON per event.
+    """
+
+    device: Device = "auto"
+    memory: int | None = None
+    workers: int | None = None
+    log: Path | None = None
+
+    def limits(self) -> Limits:
+        """The same for the calibrator.
+
+        Raises:
+            DmqError: ``cuda`` was asked for and is not there.
+        """
+        from calib.plan import Limits
+
+        return Limits(choose_device(self.device), memory=self.memory, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What would be quantized, and what that would take."""
+
+    coverage: Coverage
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "quantized": [layer.name for layer in self.coverage.quantized],
+            "float": {layer.name: layer.reason for layer in self.coverage.float_layers},
+            **self.plan.to_json(),
+        }
+
+    def text(self) -> str:
+        """The coverage of every layer, then the plan."""
+        return "\n\n".join([self.coverage.table(), self.coverage.summary(), self.plan.text()])
+
+
 def calibrate_model(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    *,
-    device: Device = "auto",
-    strict: bool = False,
-    fresh: bool = False,
-) -> Calibration:
-    """Calibrate a diffusers folder or a bundled model by name.
+    model: str, output: Path, recipe: Recipe, means: Means, *, strict: bool = False, fresh: bool = False
+) -> Calibration | None:
+    """Calibrate a diffusers folder or a bundled model by name; None in the processes of torchrun but the first.
 
     Raises:
         DmqError: bad input; nothing is written then.
     """
-    from calib.calibrate import Limits, calibrate
+    from calib.calibrate import calibrate
 
-    progress = Progress()
-    limits = Limits(choose_device(device))
-    checkpoint = calibrate(model_folder(model), output, recipe, limits, progress, strict=strict, fresh=fresh)
-    return Calibration(output, checkpoint, progress.seconds)
+    progress = Progress(log=means.log)
+    checkpoint = calibrate(model_folder(model), output, recipe, means.limits(), progress, strict=strict, fresh=fresh)
+    if int(os.environ.get("RANK", 0)):
+        return None
+    return Calibration(output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
+
+
+def plan_model(
+    model: str, output: Path, recipe: Recipe, means: Means, *, strict: bool = False, fresh: bool = False
+) -> CalibrationPlan:
+    """What :func:`calibrate_model` would do; nothing is written.
+
+    Raises:
+        DmqError: as :func:`calibrate_model`, as far as can be seen beforehand.
+    """
+    from calib.calibrate import planned
+
+    require_place(output, replace_existing=fresh)
+    surveyed, plan = planned(model_folder(model), output, recipe, means.limits(), strict=strict)
+    return CalibrationPlan(surveyed.coverage, plan)
 
 
 def choose_device(device: Device) -> Any:

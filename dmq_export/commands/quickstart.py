@@ -124,7 +124,8 @@ def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Check
     """Calibrate and export one variant."""
     import torch
 
-    from calib.calibrate import Limits, calibrate
+    from calib.calibrate import calibrate
+    from calib.plan import Limits
 
     recipe = recipe_from("fast", bits=Bits.parse(name), null_label=NO_LABEL, seed=seed)
     limits = Limits(torch.device("cpu"))

@@ -1,0 +1,48 @@
+"""How good a calibration is, on trajectories it has not seen."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from calib.metrics import prediction_sqnr
+from calib.model import SourceModel
+from calib.reference import quantized
+from calib.trajectories import Trajectories
+from dmq_export.checkpoint import Probe
+from dmq_export.layer import QuantizedLayer
+
+PROBE_SAMPLES = 2
+VARIANTS = {"weights": (True, False), "activations": (False, True), "both": (True, True)}
+
+
+def sqnr_by_step(
+    source: SourceModel, layers: Sequence[QuantizedLayer], held_out: Trajectories, variant: str, *, batch: int
+) -> list[float]:
+    """SQNR of the noise prediction in dB, one per step, with what ``variant`` names quantized.
+
+    Args:
+        variant: a key of :data:`VARIANTS`.
+        batch: samples per evaluation.
+    """
+    weights, activations = VARIANTS[variant]
+    device = next(source.network.parameters()).device
+    with quantized(source.network, layers, held_out.timesteps, weights=weights, activations=activations) as reference:
+
+        def denoise(x: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
+            moved = {key: value.to(device) for key, value in conditioning.items()}
+            return reference(x.to(device), timestep, **moved).cpu()
+
+        return [round(value, 3) for value in prediction_sqnr(denoise, held_out, batch=batch)]
+
+
+def probe_of(held_out: Trajectories) -> Probe:
+    """A few held-out evaluations: first, middle and last step."""
+    last = len(held_out.timesteps) - 1
+    steps = sorted({0, last // 2, last})
+    rows = slice(0, PROBE_SAMPLES)
+    return Probe(
+        timesteps=held_out.timesteps[steps].numpy(),
+        sample=held_out.inputs[steps][:, rows].numpy(),
+        conditioning={key: value[rows].numpy() for key, value in held_out.conditioning.items()},
+        prediction=held_out.predictions[steps][:, rows].numpy(),
+    )

@@ -1,0 +1,203 @@
+"""The stages of a calibration, each made of items that are finished one by one.
+
+An item that the work folder already has is not done again, and under ``torchrun`` each process does its share; so a
+stage computes what is missing, waits for the others, and then reads its result from the folder, whoever made it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from calib.adaround import adaround
+from calib.capture import GROUP, Captures, group_count
+from calib.check import VARIANTS, sqnr_by_step
+from calib.conditioning import conditioning_for
+from calib.fit import LayerFit, fit_key, load_fit
+from calib.layer_op import weight_of
+from calib.model import SourceModel
+from calib.plan import Plan
+from calib.pts import count_votes, decide
+from calib.ranks import Ranks
+from calib.recipe import Recipe
+from calib.survey import Survey
+from calib.trajectories import SamplerSettings, Trajectories, joined, record_trajectories
+from calib.work import WorkFolder
+from calib.workers import FitTask, run_tasks
+from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.progress import Advance, Progress
+from dmq_export.seeds import stream_seed
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A calibration's stages, in the order of the methods."""
+
+    source: SourceModel
+    surveyed: Survey
+    recipe: Recipe
+    plan: Plan
+    device: torch.device
+    progress: Progress
+    work: WorkFolder
+    ranks: Ranks
+
+    def record(self, name: str, count: int) -> Trajectories:
+        """Sample ``count`` trajectories; sets of different names are independent."""
+        recipe = self.recipe
+        settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
+        conditioning = conditioning_for(self.source, recipe, count)
+        evaluations = recipe.steps * (1 if recipe.guidance_scale is None else 2)
+        starts = range(0, count, self.plan.batch)
+        batches = {f"{name}/{start}": range(start, min(start + self.plan.batch, count)) for start in starts}
+
+        def compute(key: str, advance: Advance) -> None:
+            seed = stream_seed(recipe.seed, name)
+            made = record_trajectories(self.source, settings, conditioning, batches[key], seed=seed, advance=advance)
+            self.work.save(key, made.tensors())
+
+        self._each(name, "evaluation", {key: len(batch) * evaluations for key, batch in batches.items()}, compute)
+        return joined([Trajectories.of_tensors(self.work.load(key).tensors) for key in batches])
+
+    def fit(self, calibration: Trajectories) -> list[LayerFit]:
+        """Fit every layer on its own; in the order of the survey."""
+        for specs in self.plan.passes:
+            if not all(fit_key(spec) in self.work for spec in specs):
+                captures = Captures(self.work, calibration, specs, seed=self.recipe.seed)
+                self._capture(captures, calibration)
+                self._fit_pass(captures, specs)
+                if self.ranks.leads:
+                    captures.forget()
+        return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
+
+    def round_blocks(self, layers: Sequence[QuantizedLayer], calibration: Trajectories) -> list[QuantizedLayer]:
+        """AdaRound block by block, if the recipe asks for it."""
+        recipe = self.recipe
+        if recipe.rounding != "adaround":
+            return list(layers)
+        blocks = {f"blocks/{block.name}": block for block in self.surveyed.blocks}
+
+        def compute(key: str, advance: Advance) -> None:
+            rounded = adaround(
+                self.source.network,
+                blocks[key],
+                layers,
+                calibration,
+                iterations=recipe.round_iterations,
+                evaluations=recipe.round_samples,
+                seed=recipe.seed,
+            )
+            self.work.save(key, {layer.spec.name: torch.from_numpy(layer.codes) for layer in rounded})
+            advance(1, blocks[key].name)
+
+        self._each("AdaRound", "block", dict.fromkeys(blocks, 1), compute)
+        codes = {name: value.numpy() for key in blocks for name, value in self.work.load(key).tensors.items()}
+        return [replace(layer, codes=codes[layer.spec.name]) for layer in layers]
+
+    def vote(
+        self, layers: Sequence[QuantizedLayer], calibration: Trajectories
+    ) -> tuple[list[QuantizedLayer], dict[str, dict[str, Any]]]:
+        """The layers with their PTS exponents, and the votes for the report."""
+        voters = [layer for layer in layers if self._votes(layer.spec)]
+        if not voters:
+            return list(layers), {}
+        groups = {f"votes/{group}": group for group in range(group_count(calibration))}
+
+        def compute(key: str, advance: Advance) -> None:
+            counts = count_votes(
+                self.source.network, calibration, groups[key], voters, batch=self.plan.batch, advance=advance
+            )
+            self.work.save(key, counts)
+
+        self._each("PTS votes", "evaluation", self._group_sizes(groups, calibration), compute)
+        counts = [self.work.load(key).tensors for key in groups]
+        votes = {
+            name: decide(torch.stack([of_group[name] for of_group in counts]).sum(0), self.recipe.pts_kappa)
+            for name in counts[0]
+        }
+        report = {
+            name: {
+                "pts_channels": int((vote.shift > 0).sum()),
+                "pts_share": [round(float(share), 3) for share in vote.share],
+            }
+            for name, vote in votes.items()
+        }
+        shifts = {name: vote.shift.numpy().astype(np.uint8) for name, vote in votes.items()}
+        return [replace(layer, shift=shifts.get(layer.spec.name, layer.shift)) for layer in layers], report
+
+    def check(self, layers: Sequence[QuantizedLayer], held_out: Trajectories) -> dict[str, Any]:
+        """SQNR of the noise prediction per step, with the weights, the activations, and both quantized."""
+        variants = {f"check/{variant}": variant for variant in VARIANTS}
+
+        def compute(key: str, advance: Advance) -> None:
+            sqnr = sqnr_by_step(self.source, layers, held_out, variants[key], batch=self.plan.batch)
+            self.work.save(key, {}, {"sqnr_db": sqnr})
+            advance(1, variants[key])
+
+        self._each("check", "variant", dict.fromkeys(variants, 1), compute)
+        measured = {variant: self.work.load(key).facts["sqnr_db"] for key, variant in variants.items()}
+        return {"timesteps": held_out.timesteps.tolist(), **measured}
+
+    def _capture(self, captures: Captures, calibration: Trajectories) -> None:
+        groups = {str(group): group for group in range(group_count(calibration))}
+
+        def compute(key: str, advance: Advance) -> None:
+            captures.take(self.source.network, groups[key], batch=self.plan.batch, advance=advance)
+
+        sizes = self._group_sizes(groups, calibration)
+        self._each("layer inputs", "evaluation", sizes, compute, has=lambda key: captures.has(groups[key]))
+
+    def _fit_pass(self, captures: Captures, specs: Sequence[LayerSpec]) -> None:
+        mine = self.ranks.mine(specs)
+        missing = [spec for spec in mine if fit_key(spec) not in self.work]
+        with self.progress.stage("layer fits", len(mine), "layer") as advance:
+            advance(len(mine) - len(missing))
+
+            def done(name: str, seconds: float) -> None:
+                advance(1, name)
+                self.progress.note("layer", name=name, seconds=round(seconds, 3))
+
+            run_tasks([self._task(spec, captures) for spec in missing], self.plan.workers, done)
+            self.ranks.wait()
+
+    def _task(self, spec: LayerSpec, captures: Captures) -> FitTask:
+        module = self.source.network.get_submodule(spec.name)
+        bias = module.bias
+        return FitTask(
+            spec=spec,
+            weight=weight_of(module),
+            bias=bias.detach() if isinstance(bias, torch.Tensor) else None,
+            captures=captures,
+            recipe=self.recipe,
+            work=self.work,
+            device=self.device,
+        )
+
+    def _votes(self, spec: LayerSpec) -> bool:
+        return self.recipe.pts_layers == "all" or (self.recipe.pts_layers == "skip" and len(spec.parts) > 1)
+
+    def _group_sizes(self, groups: Mapping[str, int], calibration: Trajectories) -> dict[str, int]:
+        """Evaluations of each group."""
+        steps, samples = calibration.inputs.shape[:2]
+        return {key: steps * min(GROUP, samples - group * GROUP) for key, group in groups.items()}
+
+    def _each(
+        self,
+        stage: str,
+        unit: str,
+        items: Mapping[str, int],
+        compute: Callable[[str, Advance], None],
+        has: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Compute this process's share of ``items`` (with their sizes) that is not there, then wait for the others."""
+        is_there = has or self.work.__contains__
+        mine = self.ranks.mine(list(items))
+        with self.progress.stage(stage, sum(items[key] for key in mine), unit) as advance:
+            for key in mine:
+                if is_there(key):
+                    advance(items[key])
+                else:
+                    compute(key, advance)
+            self.ranks.wait()
