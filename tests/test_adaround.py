@@ -12,6 +12,7 @@ from layers import conv2d, linear, random_input, random_layer, specs
 from reference import add_bias, along, dequantize_weight, operate, shift_of_columns
 from torch import Tensor, nn
 
+import calib.adaround
 from calib.adaround import SoftLayer, adaround
 from calib.reference import quantized
 from calib.survey import Block
@@ -205,7 +206,14 @@ def refined(
     evaluations: int = 24,
     seed: int = 0,
 ) -> list[QuantizedLayer]:
-    return adaround(network, blocks, layers, trajectories, iterations=iterations, evaluations=evaluations, seed=seed)
+    """Every block from where all layers are; what no block holds stays."""
+    done = {layer.spec.name: layer for layer in layers}
+    for block in blocks:
+        for layer in adaround(
+            network, block, layers, trajectories, iterations=iterations, evaluations=evaluations, seed=seed
+        ):
+            done[layer.spec.name] = layer
+    return [done[layer.spec.name] for layer in layers]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
@@ -302,3 +310,16 @@ def test_a_block_makes_up_for_the_rounding_of_those_before_it(gain: float, start
     blocks = [Block("a", ("a",)), Block("b", ("b",))]
     after = refined(Chain().requires_grad_(False), layers, trajectories, blocks, iterations=200, evaluations=64)
     assert [int(layer.codes[0, 0]) for layer in after] == [1, best]
+
+
+def test_a_block_takes_no_more_memory_than_it_may(
+    network: Network, layers: list[QuantizedLayer], trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one evaluation of the first block: input and output of 100 numbers, and a shift
+    of_an_evaluation = 4 * (100 + 100 + 1)
+    seen: list[int] = []
+    calls = calib.adaround._fit_block
+    monkeypatch.setattr(calib.adaround, "MOST_BYTES", 7 * of_an_evaluation)
+    monkeypatch.setattr(calib.adaround, "_fit_block", lambda *args: seen.append(len(args[3].output)) or calls(*args))
+    refined(network, layers, trajectories, BLOCKS[:1], iterations=1)
+    assert seen == [6]  # three samples at two steps each

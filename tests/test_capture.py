@@ -1,5 +1,7 @@
 """What is kept of a layer's inputs, against brute force."""
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ import torch
 from layers import conv2d, linear
 from torch import Tensor, nn
 
-from calib.capture import GROUP, LayerInputs, capture_bytes, capture_inputs, patch_rows, replay
+from calib.capture import GROUP, Captures, LayerInputs, Place, capture_bytes, group_count, patch_rows, replay
 from calib.model import SourceModel, load_model, predict
 from calib.survey import survey
 from calib.trajectories import Trajectories
+from calib.work import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
 
@@ -41,6 +44,26 @@ def numbered(count: int, steps: int = STEPS) -> Trajectories:
     inputs = torch.randn(steps, count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     timesteps = TIMESTEPS if steps == STEPS else torch.arange(steps, 0, -1.0)
     return Trajectories(timesteps, inputs, inputs, {"class_labels": torch.arange(count)}, inputs[0])
+
+
+def captured_inputs(
+    network: nn.Module,
+    trajectories: Trajectories,
+    specs: Sequence[LayerSpec],
+    *,
+    seed: int,
+    batch: int = GROUP,
+    backwards: bool = False,
+) -> dict[str, LayerInputs]:
+    """All groups, one after the other or the other way round; the files' mappings outlive the files."""
+    with tempfile.TemporaryDirectory() as folder:
+        captures = Captures(WorkFolder(Path(folder)), trajectories, specs, seed=seed)
+        groups = range(group_count(trajectories))
+        for group in reversed(groups) if backwards else groups:
+            assert not captures.has(group)
+            captures.take(network, group, batch=batch)
+            assert captures.has(group)
+        return {spec.name: captures.load(spec) for spec in specs}
 
 
 def assert_same(one: LayerInputs, other: LayerInputs) -> None:
@@ -86,7 +109,7 @@ def layer_input(source: SourceModel, name: str, trajectories: Trajectories, step
 def test_extrema_are_those_of_each_group_step_and_channel(
     tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
 ) -> None:
-    captured = capture_inputs(tiny.network, wanderings, specs, seed=0)
+    captured = captured_inputs(tiny.network, wanderings, specs, seed=0)
     groups = [slice(0, GROUP), slice(GROUP, GROUP + 3)]
     for spec in specs:
         extrema = captured[spec.name].extrema
@@ -104,7 +127,7 @@ def test_every_patch_is_a_window_of_its_own_steps_input(
 ) -> None:
     spec = specs[0]
     assert spec.kernel == (3, 3)
-    captured = capture_inputs(tiny.network, wanderings, [spec], seed=0)[spec.name]
+    captured = captured_inputs(tiny.network, wanderings, [spec], seed=0)[spec.name]
     for step in range(STEPS):
         x = layer_input(tiny, spec.name, wanderings, step, slice(0, GROUP))
         padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
@@ -120,7 +143,7 @@ def test_every_patch_is_a_window_of_its_own_steps_input(
 @pytest.mark.parametrize("spec", [conv2d(), linear()], ids=lambda spec: spec.kind)
 def test_patches_belong_to_their_step_and_every_evaluation_gives_as_many(spec: LayerSpec) -> None:
     count = GROUP + 2
-    captured = capture_inputs(Encoding(), numbered(count), [spec], seed=0)[spec.name]
+    captured = captured_inputs(Encoding(), numbered(count), [spec], seed=0)[spec.name]
     # the middle tap is never padding
     taps = captured.patches.shape[-1]
     codes = captured.patches[:, 0, taps // 2].long()
@@ -134,7 +157,7 @@ def test_patches_belong_to_their_step_and_every_evaluation_gives_as_many(spec: L
 
 def test_each_group_sees_its_own_conditioning() -> None:
     count = GROUP + 2
-    captured = capture_inputs(Encoding(), numbered(count), [linear()], seed=0)["proj"]
+    captured = captured_inputs(Encoding(), numbered(count), [linear()], seed=0)["proj"]
     low = torch.tensor([0, GROUP])[:, None] * 1000 + TIMESTEPS
     high = torch.tensor([GROUP - 1, count - 1])[:, None] * 1000 + TIMESTEPS
     assert torch.equal(captured.extrema.low, low[..., None].expand(-1, -1, 8))
@@ -144,10 +167,10 @@ def test_each_group_sees_its_own_conditioning() -> None:
 def test_a_capture_does_not_depend_on_what_else_is_captured(
     tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
 ) -> None:
-    together = capture_inputs(tiny.network, wanderings, specs, seed=4)
-    reversed_ = capture_inputs(tiny.network, wanderings, specs[::-1], seed=4)
+    together = captured_inputs(tiny.network, wanderings, specs, seed=4)
+    reversed_ = captured_inputs(tiny.network, wanderings, specs[::-1], seed=4)
     for spec in specs:
-        alone = capture_inputs(tiny.network, wanderings, [spec], seed=4)
+        alone = captured_inputs(tiny.network, wanderings, [spec], seed=4)
         assert_same(alone[spec.name], together[spec.name])
         assert_same(alone[spec.name], reversed_[spec.name])
 
@@ -155,44 +178,87 @@ def test_a_capture_does_not_depend_on_what_else_is_captured(
 def test_another_seed_takes_other_patches_and_the_same_extrema(
     tiny: SourceModel, specs: list[LayerSpec], wanderings: Trajectories
 ) -> None:
-    one, other = (capture_inputs(tiny.network, wanderings, specs[:1], seed=seed)[specs[0].name] for seed in (0, 1))
+    one, other = (captured_inputs(tiny.network, wanderings, specs[:1], seed=seed)[specs[0].name] for seed in (0, 1))
     assert not torch.equal(one.patches, other.patches)
     assert torch.equal(one.extrema.low, other.extrema.low)
 
 
-def test_there_are_several_times_as_many_patches_as_columns() -> None:
-    spec = conv2d(parts=(128,), kernel=(3, 3))
-    assert patch_rows(spec) >= 8 * 128 * 9
+def test_there_are_several_times_as_many_patches_as_columns_up_to_a_limit() -> None:
+    assert patch_rows(conv2d(parts=(64,))) == 8 * 64 * 9
     assert patch_rows(conv2d(parts=(128,), out_channels=128, groups=128)) == patch_rows(linear()) == 4096
+    assert patch_rows(conv2d(parts=(256,))) == 8192
+    huge = conv2d(parts=(1280, 1280))
+    assert patch_rows(huge) * 2560 * 9 * 4 <= 2**28
+
+
+def test_groups_captured_in_any_order_and_batch_are_the_same(specs: list[LayerSpec], wanderings: Trajectories) -> None:
+    # a network that computes each sample by itself, to the bit
+    layers = [conv2d(), linear()]
+    trajectories = numbered(GROUP + 5)
+    whole = captured_inputs(Encoding(), trajectories, layers, seed=0)
+    for changed in ({"batch": 3}, {"backwards": True}):
+        other = captured_inputs(Encoding(), trajectories, layers, seed=0, **changed)
+        for spec in layers:
+            assert_same(whole[spec.name], other[spec.name])
+
+
+def test_a_group_counts_as_captured_only_for_the_same_layers(tmp_path: Path) -> None:
+    work, trajectories = WorkFolder(tmp_path), numbered(2)
+    Captures(work, trajectories, [conv2d()], seed=0).take(Encoding(), 0)
+    assert Captures(work, trajectories, [conv2d()], seed=0).has(0)
+    assert not Captures(work, trajectories, [conv2d(), linear()], seed=0).has(0)
+
+
+def test_forgotten_patches_leave_no_file(tmp_path: Path) -> None:
+    captures = Captures(WorkFolder(tmp_path), numbered(2), [conv2d(), linear()], seed=0)
+    captures.take(Encoding(), 0)
+    assert len(list(tmp_path.rglob("*.patches"))) == 2
+    captures.forget()
+    assert list(tmp_path.rglob("*.patches")) == []
+
+
+def test_thinned_inputs_are_evenly_spaced_and_keep_the_extrema() -> None:
+    inputs = captured_inputs(Encoding(), numbered(4), [linear()], seed=0)["proj"]
+    few = inputs.thinned(inputs.patches.numel() // 5)
+    assert torch.equal(few.patches, inputs.patches[::5])
+    assert torch.equal(few.step, inputs.step[::5])
+    assert few.extrema is inputs.extrema
+    assert len(inputs.thinned(10**9).patches) == len(inputs.patches)
 
 
 @pytest.mark.parametrize("count", [18, 2300])
 def test_patches_take_the_memory_that_was_said(count: int) -> None:
-    captured = capture_inputs(Encoding(), numbered(count, steps=2), [linear()], seed=0)["proj"]
+    captured = captured_inputs(Encoding(), numbered(count, steps=2), [linear()], seed=0)["proj"]
     assert captured.patches.nbytes == capture_bytes(linear(), 2 * count)
 
 
 def test_replay_visits_groups_of_samples_each_through_all_steps() -> None:
-    visits: list[tuple[int, list[int]]] = []
+    visits: list[tuple[Place, list[int]]] = []
     progress: list[int] = []
 
-    def note(x: Tensor, step: int) -> None:
-        visits.append((step, (x[:, 0, 0].long() // 1000).tolist()))
+    def note(x: Tensor, place: Place) -> None:
+        visits.append((place, (x[:, 0, 0].long() // 1000).tolist()))
 
-    replay(Encoding(), numbered(GROUP + 2), {"proj": note}, advance=progress.append)
-    first, second = list(range(GROUP)), [GROUP, GROUP + 1]
-    assert visits == [(step, group) for group in (first, second) for step in range(STEPS)]
-    assert sum(progress) == (GROUP + 2) * STEPS
+    for group in range(2):
+        replay(Encoding(), numbered(GROUP + 3), group, {"proj": note}, batch=10, advance=progress.append)
+    expected = [
+        (Place(group, size, first, step), [group * GROUP + i for i in range(first, min(first + 10, size))])
+        for group, size in ((0, GROUP), (1, 3))
+        for step in range(STEPS)
+        for first in range(0, size, 10)
+    ]
+    assert visits == expected
+    assert sum(progress) == (GROUP + 3) * STEPS
 
 
 def test_no_hook_stays_on_the_network_even_if_a_visit_fails() -> None:
     network = Encoding()
-    capture_inputs(network, numbered(2), [linear(), conv2d()], seed=0)
+    captured_inputs(network, numbered(2), [linear(), conv2d()], seed=0)
     assert not any(module._forward_pre_hooks for module in network.modules())
 
-    def fail(x: Tensor, step: int) -> None:
+    def fail(x: Tensor, place: Place) -> None:
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        replay(network, numbered(2), {"proj": fail})
+        replay(network, numbered(2), 0, {"proj": fail})
     assert not any(module._forward_pre_hooks for module in network.modules())

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from reference import dequantize_input, dequantize_weight, operate, quantize_inp
 from torch import nn
 
 from calib.capture import Extrema, LayerInputs
-from calib.fit import LayerFit, fit_layer
+from calib.fit import LayerFit, fit_layer, load_fit
+from calib.layer_op import weight_of
+from calib.les import OUTPUTS
 from calib.recipe import Recipe
+from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
 
 STEPS = 3
@@ -45,6 +49,11 @@ def inputs_of(spec: LayerSpec, *, rows: int = 300) -> LayerInputs:
     return LayerInputs(patches, step, Extrema(by_step.amin(2)[None], by_step.amax(2)[None]))
 
 
+def fit(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
+    bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+    return fit_layer(spec, weight_of(module), None if bias is None else bias.detach(), inputs, recipe)
+
+
 def sqnr(fit: LayerFit, module: nn.Module, inputs: LayerInputs, *, weights: bool, activations: bool) -> float:
     """In dB, by the oracle, over the patches: each is the whole input of a layer with a single output position."""
     spec, axes = fit.layer.spec, len(fit.layer.spec.kernel)
@@ -70,8 +79,8 @@ def sqnr(fit: LayerFit, module: nn.Module, inputs: LayerInputs, *, weights: bool
 def test_every_kind_of_layer_is_fitted_and_reported_truly(name: str) -> None:
     spec = SPECS[name]
     module, inputs = module_of(spec), inputs_of(spec)
-    fit = fit_layer(spec, module, inputs, RECIPE)
-    layer = fit.layer
+    fitted = fit(spec, module, inputs, RECIPE)
+    layer = fitted.layer
     assert layer.spec == spec
     assert layer.scale.shape == (STEPS, len(spec.parts))
     assert layer.bias is not None
@@ -79,17 +88,17 @@ def test_every_kind_of_layer_is_fitted_and_reported_truly(name: str) -> None:
     assert not layer.shift.any()
     # reported to two decimals; a code at a tie may fall on either side
     expected = {
-        "weights_db": sqnr(fit, module, inputs, weights=True, activations=False),
-        "activations_db": sqnr(fit, module, inputs, weights=False, activations=True),
-        "output_db": sqnr(fit, module, inputs, weights=True, activations=True),
+        "weights_db": sqnr(fitted, module, inputs, weights=True, activations=False),
+        "activations_db": sqnr(fitted, module, inputs, weights=False, activations=True),
+        "output_db": sqnr(fitted, module, inputs, weights=True, activations=True),
     }
-    assert {key: fit.report[key] for key in expected} == pytest.approx(expected, abs=0.1)
+    assert {key: fitted.report[key] for key in expected} == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv2d split", "conv2d grouped", "conv1d", "linear"])
 def test_four_bit_weights_keep_the_output_and_eight_bits_keep_more(name: str) -> None:
     four, eight = (replace(SPECS[name], bits=replace(SPECS[name].bits, weight=weight)) for weight in (4, 8))
-    reports = [fit_layer(spec, module_of(spec), inputs_of(spec), RECIPE).report for spec in (four, eight)]
+    reports = [fit(spec, module_of(spec), inputs_of(spec), RECIPE).report for spec in (four, eight)]
     assert reports[0]["output_db"] > 15
     assert reports[1]["weights_db"] > reports[0]["weights_db"] + 15
     assert reports[1]["output_db"] > 30
@@ -97,24 +106,24 @@ def test_four_bit_weights_keep_the_output_and_eight_bits_keep_more(name: str) ->
 
 @pytest.mark.parametrize("spec", [conv2d(), linear(parts=(3, 5))], ids=["conv2d", "linear split"])
 def test_the_report_is_json_and_says_what_each_step_lost(spec: LayerSpec) -> None:
-    fit = fit_layer(spec, module_of(spec), inputs_of(spec), replace(RECIPE, timestep_alpha=20.0))
-    report = json.loads(json.dumps(fit.report, allow_nan=False))
-    assert report == fit.report
+    fitted = fit(spec, module_of(spec), inputs_of(spec), replace(RECIPE, timestep_alpha=20.0))
+    report = json.loads(json.dumps(fitted.report, allow_nan=False))
+    assert report == fitted.report
     assert len(report["step_loss"]) == len(report["step_weight"]) == STEPS
     assert all(loss > 0 for loss in report["step_loss"])
     assert all(0 <= weight <= 1 for weight in report["step_weight"])
     low, high = report["tau"]
-    assert (low, high) == (float(fit.layer.tau.min()), float(fit.layer.tau.max()))
+    assert (low, high) == (float(fitted.layer.tau.min()), float(fitted.layer.tau.max()))
 
 
 def test_a_layer_without_bias_has_none() -> None:
-    assert fit_layer(linear(), module_of(linear(), bias=False), inputs_of(linear()), RECIPE).layer.bias is None
+    assert fit(linear(), module_of(linear(), bias=False), inputs_of(linear()), RECIPE).layer.bias is None
 
 
 def test_no_equivalent_scaling_leaves_every_channel_alone() -> None:
     spec = conv2d()
-    plain = fit_layer(spec, module_of(spec), inputs_of(spec), replace(RECIPE, les_iterations=0)).layer
-    learned = fit_layer(spec, module_of(spec), inputs_of(spec), RECIPE).layer
+    plain = fit(spec, module_of(spec), inputs_of(spec), replace(RECIPE, les_iterations=0)).layer
+    learned = fit(spec, module_of(spec), inputs_of(spec), RECIPE).layer
     assert (plain.tau == 1).all()
     assert (learned.tau != 1).all()
 
@@ -123,7 +132,7 @@ def test_a_static_recipe_has_one_range_that_covers_every_step() -> None:
     spec = linear(parts=(3, 5))
     recipe = replace(RECIPE, clip=False, les_iterations=0)
     static, stepwise = (
-        fit_layer(spec, module_of(spec), inputs_of(spec), replace(recipe, scales=scales)).layer
+        fit(spec, module_of(spec), inputs_of(spec), replace(recipe, scales=scales)).layer
         for scales in ("static", "per-step")
     )
     assert static.scale.shape == static.zero_point.shape == (1, 2)
@@ -134,14 +143,14 @@ def test_a_static_recipe_has_one_range_that_covers_every_step() -> None:
 
 def test_a_symmetric_recipe_pins_the_zero_point_to_the_middle() -> None:
     spec = conv2d(scheme="symmetric")
-    layer = fit_layer(spec, module_of(spec), inputs_of(spec), RECIPE).layer
+    layer = fit(spec, module_of(spec), inputs_of(spec), RECIPE).layer
     assert (layer.zero_point == 128).all()
 
 
 def test_without_clipping_the_range_is_that_of_the_scaled_inputs() -> None:
     spec, inputs = linear(), inputs_of(linear())
     recipe = replace(RECIPE, clip=False, les_learning_rate=0.2)
-    layer = fit_layer(spec, module_of(spec), inputs, recipe).layer
+    layer = fit(spec, module_of(spec), inputs, recipe).layer
     assert np.abs(np.log(layer.tau)).max() > 0.1
     low, high = ((values[0].numpy() / layer.tau) for values in (inputs.extrema.low, inputs.extrema.high))
     np.testing.assert_allclose(layer.scale[:, 0], (high.max(1) - low.min(1)) / 255, rtol=1e-6)
@@ -152,7 +161,7 @@ def test_rounding_to_nearest_on_min_max_is_what_it_says() -> None:
     spec = linear()
     module = module_of(spec)
     recipe = replace(RECIPE, rounding="nearest", weight_grid=False, les_iterations=0)
-    layer = fit_layer(spec, module, inputs_of(spec), recipe).layer
+    layer = fit(spec, module, inputs_of(spec), recipe).layer
     weight = module.get_parameter("weight").detach().numpy()
     low, high = np.minimum(weight.min(1), 0), np.maximum(weight.max(1), 0)
     np.testing.assert_allclose(layer.weight_scale[0], (high - low) / 15, rtol=1e-6)
@@ -163,7 +172,7 @@ def test_rounding_to_nearest_on_min_max_is_what_it_says() -> None:
 def test_learned_rounding_loses_less_than_nearest() -> None:
     spec = conv2d()
     nearest, gptq = (
-        fit_layer(spec, module_of(spec), inputs_of(spec), replace(RECIPE, rounding=rounding, les_iterations=0)).report
+        fit(spec, module_of(spec), inputs_of(spec), replace(RECIPE, rounding=rounding, les_iterations=0)).report
         for rounding in ("nearest", "gptq")
     )
     assert gptq["weights_db"] > nearest["weights_db"] + 1
@@ -179,17 +188,16 @@ def test_a_dead_layer_is_fitted_all_the_same(name: str, what: str) -> None:
     else:
         zero = torch.zeros_like(inputs.extrema.low)
         inputs = LayerInputs(torch.zeros_like(inputs.patches), inputs.step, Extrema(zero, zero))
-    fit = fit_layer(spec, module, inputs, RECIPE)
-    json.dumps(fit.report, allow_nan=False)
+    fitted = fit(spec, module, inputs, RECIPE)
+    json.dumps(fitted.report, allow_nan=False)
     if what == "weight":
-        assert not dequantize_weight(fit.layer).any()
+        assert not dequantize_weight(fitted.layer).any()
 
 
 def test_a_fit_is_the_same_for_the_same_seed_and_differs_for_another() -> None:
     spec = conv2d()
     one, again, other = (
-        fit_layer(spec, module_of(spec), inputs_of(spec), replace(RECIPE, seed=seed)).layer.tensors()
-        for seed in (1, 1, 2)
+        fit(spec, module_of(spec), inputs_of(spec), replace(RECIPE, seed=seed)).layer.tensors() for seed in (1, 1, 2)
     )
     assert all(np.array_equal(one[name], again[name]) for name in one)
     assert not np.array_equal(one["tau"], other["tau"])
@@ -199,6 +207,28 @@ def test_a_fit_does_not_change_the_float_layer() -> None:
     spec = conv2d()
     module = module_of(spec)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    fit_layer(spec, module, inputs_of(spec), RECIPE)
+    fit(spec, module, inputs_of(spec), RECIPE)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["conv2d split", "linear"])
+def test_a_fit_that_was_kept_comes_back_as_it_was(name: str, bias: bool, tmp_path: Path) -> None:
+    spec, work = SPECS[name], WorkFolder(tmp_path)
+    fitted = fit(spec, module_of(spec, bias=bias), inputs_of(spec), RECIPE)
+    fitted.save(work)
+    again = load_fit(spec, work)
+    assert again.report == fitted.report
+    tensors = fitted.layer.tensors()
+    assert again.layer.tensors().keys() == tensors.keys()
+    assert all(np.array_equal(value, again.layer.tensors()[key]) for key, value in tensors.items())
+
+
+def test_a_layer_of_many_outputs_is_fitted_on_some_of_them_at_a_time() -> None:
+    spec = conv2d(out_channels=2 * OUTPUTS)
+    module, inputs = module_of(spec), inputs_of(spec)
+    few, many = (fit(spec, module, inputs, replace(RECIPE, les_iterations=n, seed=1)).layer.tau for n in (1, 60))
+    assert not np.array_equal(few, many)
+    whole = fit(conv2d(out_channels=OUTPUTS), module_of(conv2d(out_channels=OUTPUTS)), inputs, RECIPE)
+    assert whole.report["output_db"] == pytest.approx(fit(spec, module, inputs, RECIPE).report["output_db"], abs=2)

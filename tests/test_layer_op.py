@@ -10,6 +10,7 @@ from reference import along, operate, shift_of_columns
 
 from calib.layer_op import (
     apply_op,
+    draw_positions,
     expand_parts,
     product,
     scaled_weight,
@@ -41,7 +42,9 @@ def windows(spec: LayerSpec, x: np.ndarray) -> np.ndarray:
 
 
 def draw(spec: LayerSpec, x: np.ndarray, count: int, seed: int = 0) -> torch.Tensor:
-    return take_patches(spec, torch.from_numpy(x), count, torch.Generator().manual_seed(seed))
+    return take_patches(
+        spec, torch.from_numpy(x), draw_positions(spec, x.shape, count, torch.Generator().manual_seed(seed))
+    )
 
 
 def assert_patches_give_the_outputs(spec: LayerSpec, seed: int) -> None:

@@ -10,7 +10,7 @@ from reference import along, dequantize_input, quantize_input
 from torch import Tensor, nn
 
 from calib.fake_quant import QParams
-from calib.pts import best_exponents, decide, vote
+from calib.pts import best_exponents, count_votes, decide
 from calib.trajectories import Trajectories
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
@@ -136,9 +136,15 @@ def test_all_samples_at_all_steps_vote(spec: LayerSpec, steps: int) -> None:
 
     counts = numpy_counts(layer, inputs)
     assert counts.sum(0).tolist() == [3 * 18] * spec.in_channels
-    outcome = vote(OneLayer(spec), trajectories, [layer], kappa=0.5)
-    assert outcome.keys() == {"layer"}
+    # 18 samples are two groups
+    ballots = [
+        count_votes(OneLayer(spec), trajectories, group, [layer], batch=batch) for group, batch in ((0, 16), (1, 1))
+    ]
+    assert [ballot.keys() for ballot in ballots] == [{"layer"}, {"layer"}]
+    counted = ballots[0]["layer"] + ballots[1]["layer"]
+    assert np.array_equal(counted, counts)
     share = counts.max(0) / (3 * 18)
-    assert outcome["layer"].share.tolist() == pytest.approx(share.tolist())
-    assert outcome["layer"].shift.tolist() == np.where(share > 0.5, counts.argmax(0), 0).tolist()
+    outcome = decide(counted, 0.5)
+    assert outcome.share.tolist() == pytest.approx(share.tolist())
+    assert outcome.shift.tolist() == np.where(share > 0.5, counts.argmax(0), 0).tolist()
     assert len(set(counts.argmax(0).tolist())) > 1  # or the test would say little

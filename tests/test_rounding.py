@@ -7,7 +7,8 @@ from layers import SPECS, conv2d, linear, random_input, random_layer
 from reference import along, dequantize_weight, operate
 
 from calib.fake_quant import QParams
-from calib.layer_op import take_patches
+from calib.gptq import gptq_codes
+from calib.layer_op import draw_positions, take_patches, weight_columns, weight_matrix
 from calib.rounding import dequantized_weight, output_error, round_weight
 from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
@@ -69,6 +70,45 @@ def test_each_group_is_rounded_as_a_layer_of_its_own(groups: int) -> None:
         assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, x[:, rows], learned=True))
 
 
+WIDE = [linear(parts=(64,), out_channels=32), linear(parts=(24, 40), out_channels=16), conv2d(parts=(16,))]
+
+
+@pytest.mark.parametrize("spec", WIDE, ids=["linear", "linear split", "conv2d"])
+def test_rounding_in_chunks_makes_up_for_the_chunks_before(spec: LayerSpec) -> None:
+    """Against chunks that know nothing of each other, on inputs that all go together."""
+    weight, x = random_weight(spec), correlated_patches(spec, count=1000)
+    qparams, taps = minmax_qparams(spec, weight), x.shape[2]
+    width = spec.in_channels // 4
+
+    def error(codes: torch.Tensor) -> float:
+        return output_error(spec, weight, dequantized_weight(spec, codes, qparams), x)
+
+    whole = error(round_weight(spec, weight, qparams, x, learned=True))
+    chunked = error(round_weight(spec, weight, qparams, x, learned=True, chunk=width * taps))
+    columns = QParams(*(weight_columns(spec, values).expand_as(weight_matrix(spec, weight)) for values in qparams))
+    alone = []
+    for start in range(0, spec.in_channels, width):
+        at = slice(start, start + width)
+        flat = x[:, at].flatten(1)
+        part = QParams(*(values[:, at].flatten(1) for values in columns))
+        codes = gptq_codes(weight_matrix(spec, weight)[:, at].flatten(1), part, flat.T @ flat, spec.bits.weight)
+        alone.append(codes.view(spec.out_channels, -1, taps))
+    ignorant = error(torch.cat(alone, dim=1).view(weight.shape))
+    assert chunked < 0.95 * ignorant
+    assert chunked < 1.2 * whole
+
+
+def test_tau_divides_the_patches() -> None:
+    spec = conv2d()
+    weight, x = random_weight(spec), correlated_patches(spec)
+    tau = torch.tensor([0.5, 2.0, 1.0, 4.0], dtype=x.dtype)
+    qparams = minmax_qparams(spec, weight)
+    inside = round_weight(spec, weight, qparams, x, learned=True, tau=tau)
+    outside = round_weight(spec, weight, qparams, x / tau[:, None], learned=True)
+    assert torch.equal(inside, outside)
+    assert not torch.equal(inside, round_weight(spec, weight, qparams, x, learned=True))
+
+
 def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None:
     spec = conv2d(parts=(6,), groups=6)
     weight, x = random_weight(spec).float(), correlated_patches(spec).float()
@@ -97,7 +137,7 @@ def test_the_output_error_is_the_operators(name: str) -> None:
     )
     weight, other = random_weight(spec), random_weight(spec, 1)
     target, changed = (operate(spec, x, w.numpy()) for w in (weight, other))
-    patches = take_patches(spec, torch.from_numpy(x), 3, torch.Generator())
+    patches = take_patches(spec, torch.from_numpy(x), draw_positions(spec, x.shape, 3, torch.Generator()))
     expected = ((changed - target) ** 2).sum() / (target**2).sum()
     assert output_error(spec, weight, other, patches) == pytest.approx(expected, rel=1e-9)
 

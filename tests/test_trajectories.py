@@ -64,7 +64,7 @@ def tiny(tiny_model: Path) -> SourceModel:
 
 @pytest.fixture(scope="module")
 def recorded(tiny: SourceModel) -> Trajectories:
-    return record_trajectories(tiny, SamplerSettings(steps=STEPS), labels([0, 2, 1]), count=3, seed=5)
+    return record_trajectories(tiny, SamplerSettings(steps=STEPS), labels([0, 2, 1]), range(3), seed=5)
 
 
 def test_the_recorded_predictions_are_what_the_network_answers(tiny: SourceModel, recorded: Trajectories) -> None:
@@ -85,7 +85,7 @@ def test_recording_equals_a_plain_ddim_loop(tiny: SourceModel, recorded: Traject
 
 
 def test_trajectories_start_from_standard_normal_noise() -> None:
-    start = record_trajectories(toy(), SamplerSettings(steps=1), NO_CONDITIONING, count=500, seed=0).inputs[0]
+    start = record_trajectories(toy(), SamplerSettings(steps=1), NO_CONDITIONING, range(500), seed=0).inputs[0]
     # 2000 numbers: five standard errors
     assert abs(float(start.mean())) < 5 / 2000**0.5
     assert abs(float(start.std()) - 1) < 5 / 4000**0.5
@@ -95,8 +95,8 @@ def test_trajectories_start_from_standard_normal_noise() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_sample_does_not_depend_on_how_many_there_are(eta: float) -> None:
     settings, values = SamplerSettings(steps=STEPS, eta=eta), [i % 3 for i in range(70)]
-    many = record_trajectories(toy(), settings, labels(values), count=70, seed=1)
-    few = record_trajectories(toy(), settings, labels(values), count=33, seed=1)
+    many = record_trajectories(toy(), settings, labels(values), range(70), seed=1)
+    few = record_trajectories(toy(), settings, labels(values), range(33), seed=1)
     assert torch.equal(few.samples, many.samples[:33])
     assert torch.equal(few.inputs, many.inputs[:, :33])
     assert torch.equal(few.predictions, many.predictions[:, :33])
@@ -107,7 +107,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(eta: float) -> None:
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     settings = SamplerSettings(steps=STEPS, eta=1.0)
     first, again, other = (
-        record_trajectories(toy(), settings, NO_CONDITIONING, count=2, seed=seed) for seed in (3, 3, 4)
+        record_trajectories(toy(), settings, NO_CONDITIONING, range(2), seed=seed) for seed in (3, 3, 4)
     )
     assert torch.equal(first.inputs, again.inputs)
     assert torch.equal(first.samples, again.samples)
@@ -116,7 +116,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
 
 def test_eta_adds_noise_of_its_own_at_every_step() -> None:
     plain, noisy = (
-        record_trajectories(toy(), SamplerSettings(steps=STEPS, eta=eta), NO_CONDITIONING, count=40, seed=2)
+        record_trajectories(toy(), SamplerSettings(steps=STEPS, eta=eta), NO_CONDITIONING, range(40), seed=2)
         for eta in (0.0, 1.0)
     )
     assert torch.equal(plain.inputs[0], noisy.inputs[0])
@@ -146,7 +146,7 @@ def ddim_step(scheduler: DDIMScheduler, prediction: Tensor, t: int, x: Tensor) -
 def test_a_timestep_that_pndm_visits_twice_has_one_row_of_its_last_visit() -> None:
     scheduler = PNDMScheduler(num_train_timesteps=100, skip_prk_steps=True)
     source = toy(scheduler)
-    recorded = record_trajectories(source, SamplerSettings(steps=STEPS), NO_CONDITIONING, count=2, seed=0)
+    recorded = record_trajectories(source, SamplerSettings(steps=STEPS), NO_CONDITIONING, range(2), seed=0)
     scheduler.set_timesteps(STEPS)
     visited = scheduler.timesteps.tolist()
     assert len(set(visited)) < len(visited)
@@ -160,7 +160,7 @@ def test_a_timestep_that_pndm_visits_twice_has_one_row_of_its_last_visit() -> No
 def test_inputs_are_recorded_as_scaled_by_the_scheduler() -> None:
     scheduler = EulerDiscreteScheduler(num_train_timesteps=100)
     source = toy(scheduler)
-    recorded = record_trajectories(source, SamplerSettings(steps=STEPS), NO_CONDITIONING, count=2, seed=0)
+    recorded = record_trajectories(source, SamplerSettings(steps=STEPS), NO_CONDITIONING, range(2), seed=0)
     scheduler.set_timesteps(STEPS)
     sigma = scheduler.sigmas[0]
     noise = recorded.inputs[0] * (sigma**2 + 1) ** 0.5 / scheduler.init_noise_sigma
@@ -171,7 +171,7 @@ def test_inputs_are_recorded_as_scaled_by_the_scheduler() -> None:
 
 def test_a_scheduler_by_name_takes_the_place_of_the_models_own() -> None:
     recorded = record_trajectories(
-        toy(), SamplerSettings(scheduler="euler", steps=STEPS), NO_CONDITIONING, count=1, seed=0
+        toy(), SamplerSettings(scheduler="euler", steps=STEPS), NO_CONDITIONING, range(1), seed=0
     )
     expected = EulerDiscreteScheduler.from_config(toy().scheduler)
     expected.set_timesteps(STEPS)
@@ -181,7 +181,7 @@ def test_a_scheduler_by_name_takes_the_place_of_the_models_own() -> None:
 def test_guidance_records_both_branches_and_follows_their_combination() -> None:
     source, scale = toy(), 3.0
     settings = SamplerSettings(steps=STEPS, guidance_scale=scale)
-    recorded = record_trajectories(source, settings, labels([0, 1], null=2), count=2, seed=0)
+    recorded = record_trajectories(source, settings, labels([0, 1], null=2), range(2), seed=0)
     assert recorded.inputs.shape == (STEPS, 4, 1, 2, 2)
     assert recorded.samples.shape == (2, 1, 2, 2)
     assert recorded.conditioning["class_labels"].tolist() == [0, 1, 2, 2]
@@ -199,7 +199,7 @@ def test_guidance_records_both_branches_and_follows_their_combination() -> None:
 
 def test_rows_stay_together_over_several_batches_with_guidance() -> None:
     source, settings = toy(), SamplerSettings(steps=2, guidance_scale=2.0)
-    recorded = record_trajectories(source, settings, labels([i % 2 for i in range(40)], null=2), count=40, seed=0)
+    recorded = record_trajectories(source, settings, labels([i % 2 for i in range(40)], null=2), range(40), seed=0)
     assert sorted(recorded.conditioning["class_labels"].tolist()) == [0] * 20 + [1] * 20 + [2] * 40
     for t, x, expected in zip(recorded.timesteps, recorded.inputs, recorded.predictions, strict=True):
         assert torch.equal(predict(source.network, x, t, recorded.conditioning), expected)
@@ -207,7 +207,7 @@ def test_rows_stay_together_over_several_batches_with_guidance() -> None:
 
 def test_a_learned_variance_is_recorded_and_not_stepped_with() -> None:
     plain, learned = (
-        record_trajectories(toy(outputs=outputs), SamplerSettings(steps=STEPS), NO_CONDITIONING, count=2, seed=0)
+        record_trajectories(toy(outputs=outputs), SamplerSettings(steps=STEPS), NO_CONDITIONING, range(2), seed=0)
         for outputs in (1, 2)
     )
     assert learned.predictions.shape == (STEPS, 2, 2, 2, 2)
@@ -217,18 +217,18 @@ def test_a_learned_variance_is_recorded_and_not_stepped_with() -> None:
 def test_every_evaluation_is_counted_for_progress() -> None:
     counts: list[int] = []
     settings = SamplerSettings(steps=STEPS, guidance_scale=2.0)
-    record_trajectories(toy(), settings, labels([0] * 35, null=1), count=35, seed=0, advance=counts.append)
+    record_trajectories(toy(), settings, labels([0] * 35, null=1), range(35), seed=0, advance=counts.append)
     assert sum(counts) == 2 * 35 * STEPS
 
 
 def test_eta_for_a_scheduler_without_it_is_an_error() -> None:
     with pytest.raises(DmqError, match=r"eta 0\.5 was asked for, but PNDMScheduler takes none: use --scheduler ddim"):
         record_trajectories(
-            toy(), SamplerSettings(scheduler="pndm", steps=STEPS, eta=0.5), NO_CONDITIONING, count=1, seed=0
+            toy(), SamplerSettings(scheduler="pndm", steps=STEPS, eta=0.5), NO_CONDITIONING, range(1), seed=0
         )
 
 
 def test_a_model_without_a_scheduler_needs_a_name() -> None:
     bare = SourceModel(Toy(), "Toy", {"sample_size": 2, "in_channels": 1}, {}, "")
     with pytest.raises(DmqError, match="name one with --scheduler"):
-        record_trajectories(bare, SamplerSettings(), NO_CONDITIONING, count=1, seed=0)
+        record_trajectories(bare, SamplerSettings(), NO_CONDITIONING, range(1), seed=0)
