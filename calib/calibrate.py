@@ -63,6 +63,7 @@ def calibrate(
         with _shared_work(folder, _fingerprint(source, recipe, plan, limits), ranks, fresh=fresh) as work:
             stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, ranks)
             checkpoint = _checkpoint(stages)
+            ranks.wait()  # until all have read what is about to be deleted
             if ranks.leads:
                 save_checkpoint(checkpoint, output, run=_run_facts(progress, plan), replace_existing=fresh)
                 shutil.rmtree(folder)

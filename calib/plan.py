@@ -122,7 +122,7 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     fits = _fit_seconds(source, specs, recipe, rows * recipe.steps)
     limit = _memory_limit(limits)
     fixed = _fixed_bytes(source, specs, recipe, branches)
-    fit = max(fit_bytes(spec, rows * recipe.steps) for spec in specs)
+    fit = max(fit_bytes(spec, recipe, rows * recipe.steps) for spec in specs)
     batch = next((b for b in (16, 8, 4, 2, 1) if fixed + b * activations <= limit), 0)
     running = fixed + max(max(batch, 1) * activations, fit)
     if not batch or running > limit:
@@ -153,13 +153,13 @@ def split_passes(specs: Sequence[LayerSpec], evaluations: int, disk: int) -> tup
     return tuple(tuple(layers) for layers in passes)
 
 
-def fit_bytes(spec: LayerSpec, evaluations: int) -> int:
+def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     """Memory that fitting a layer takes: its patches, second moments and their factors, the weights' gradients."""
     columns = columns_of(spec)
     chunk = min(columns, CHUNK)
     patches = capture_bytes(spec, evaluations)
     rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + 7 * spec.out_channels * columns)
-    learning = FLOAT * 14 * columns * (256 + min(spec.out_channels, OUTPUTS))
+    learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
     return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
 
 
@@ -281,9 +281,10 @@ def _fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe
     smaller = [spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS]
     probe = max(smaller, key=columns_of) if smaller else min(specs, key=columns_of)
     iteration, rest = _probe(source, probe, recipe)
-    per_number, per_operation = iteration / _iteration_numbers(probe), rest / _rounding_operations(probe)
+    per_number, per_operation = iteration / _iteration_numbers(probe, recipe), rest / _rounding_operations(probe)
     return [
-        recipe.les_iterations * per_number * _iteration_numbers(spec) + per_operation * _rounding_operations(spec)
+        recipe.les_iterations * per_number * _iteration_numbers(spec, recipe)
+        + per_operation * _rounding_operations(spec)
         for spec in specs
     ]
 
@@ -309,9 +310,9 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
         return max(fit(PROBE_ITERATIONS) - without, 0.0) / PROBE_ITERATIONS, without
 
 
-def _iteration_numbers(spec: LayerSpec) -> int:
+def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     """What an LES iteration goes through: patches and weights."""
-    return columns_of(spec) * spec.groups * 256 + columns_of(spec) * min(spec.out_channels, OUTPUTS)
+    return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
 
 
 def _rounding_operations(spec: LayerSpec) -> int:

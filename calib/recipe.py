@@ -55,9 +55,9 @@ class Recipe:
     labels: tuple[int, ...] = ()
     null_label: int | None = None
     weight_grid: bool = True
-    les_iterations: int = 500
+    les_iterations: int = 100
     les_learning_rate: float = 1e-2
-    les_batch: int = 256
+    les_batch: int = 64
     les_rounding_gain: bool = True
     timestep_alpha: float = 0.0
     clip: bool = True
@@ -101,12 +101,13 @@ class Recipe:
 
 
 PRESETS: dict[Preset, Recipe] = {
-    "fast": Recipe(samples=64, les_iterations=200),
+    "fast": Recipe(samples=64, les_iterations=50),
     "balanced": Recipe(),
     "paper": Recipe(
         eta=1.0,
         les_iterations=6000,
         les_learning_rate=1e-3,
+        les_batch=256,
         les_rounding_gain=False,
         timestep_alpha=20.0,
         rounding="adaround",

@@ -1,0 +1,90 @@
+"""Kill calibrations at random moments, start them again, and compare the results with one that was left alone.
+
+    python bench/kills.py                 # 20 kills, about 15 minutes on two busy cores
+
+Every kill is SIGKILL to the process and its workers, uniformly at random over the time an undisturbed calibration
+takes; the same command is then given again. Exits with 1 if any byte of any checkpoint differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dmq_export.checkpoint import FACTS, TENSORS
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = [
+    "--samples=32",
+    "--steps=5",
+    "--les-iters=15",
+    "--rounding=adaround",
+    "--round-iters=6",
+    "--null-label=10",
+    "--workers=2",
+]
+
+
+def start(output: Path) -> subprocess.Popen[bytes]:
+    """The command, in a process group of its own."""
+    command = [sys.executable, "-m", "dmq_export", "calibrate", "digits", "-o", str(output), *SETTINGS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise SystemExit(f"the calibration failed with exit status {process.returncode}")
+
+
+def contents(folder: Path) -> tuple[bytes, ...]:
+    return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
+
+
+def killed_at(output: Path, moment: float) -> str:
+    """Kill a calibration after ``moment`` seconds; what it had finished by then."""
+    process = start(output)
+    try:
+        process.wait(moment)
+        return "done before the kill"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    work = output.with_name(f"{output.name}.work")
+    return f"{len(list(work.rglob('*.safetensors')))} items finished" if work.is_dir() else "nothing begun"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        finish(start(Path(folder) / "alone"))
+        took = time.perf_counter() - began
+        expected = contents(Path(folder) / "alone")
+        print(f"left alone: {took:.0f} s", flush=True)
+        same = 0
+        for kill in range(options.kills):
+            output, moment = Path(folder) / str(kill), chance.uniform(0, took)
+            state = killed_at(output, moment)
+            if not output.is_dir():
+                finish(start(output))
+            equal = contents(output) == expected
+            same += equal
+            print(f"kill {kill + 1} after {moment:.1f} s, {state}: {'same' if equal else 'OTHER'} bytes", flush=True)
+    print(f"{same} of {options.kills} results are bit-identical")
+    sys.exit(same != options.kills)
+
+
+if __name__ == "__main__":
+    main()

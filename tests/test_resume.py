@@ -1,0 +1,174 @@
+"""A calibration that is stopped and started again, or shared by processes, ends with the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY_RECIPE, save_small_model
+
+import calib.stages
+from calib.calibrate import calibrate, work_folder
+from calib.plan import Limits
+from calib.work import WorkFolder
+from dmq_export.checkpoint import FACTS, TENSORS
+from dmq_export.errors import DmqError
+from dmq_export.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = Limits(torch.device("cpu"))
+# two groups of samples, every stage
+RECIPE = replace(TINY_RECIPE, samples=20, steps=2, rounding="adaround", round_iterations=3, pts_kappa=0.0)
+ARGUMENTS = ["--samples=20", "--steps=2", "--les-iters=2", "--rounding=adaround", "--round-iters=3"]
+
+
+class Stopped(BaseException):
+    """As if the process had been killed between two items."""
+
+
+def run(model: Path, output: Path, limits: Limits = CPU, recipe=RECIPE, **options: bool) -> None:
+    calibrate(model, output, recipe, limits, Progress(show=False), **options)
+
+
+def contents(folder: Path) -> tuple[bytes, ...]:
+    return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, ...]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(small_model, folder)
+    assert not work_folder(folder).exists()
+    return contents(folder)
+
+
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every item that is saved, in order."""
+    saved: list[str] = []
+    save = WorkFolder.save
+
+    def note(self: WorkFolder, key: str, *rest: object) -> None:
+        save(self, key, *rest)  # type: ignore[arg-type]
+        saved.append(key)
+
+    monkeypatch.setattr(WorkFolder, "save", note)
+    return saved
+
+
+def test_stopped_after_any_item_it_goes_on_and_ends_with_the_same_bytes(
+    small_model: Path, undisturbed: tuple[bytes, ...], tmp_path: Path, saves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small_model, tmp_path / "alone")
+    items = list(saves)
+    assert len(items) == len(set(items))
+    assert {key.split("/")[0] for key in items} == {
+        "trajectories",
+        "captures",
+        "fits",
+        "blocks",
+        "votes",
+        "held-out trajectories",
+        "check",
+    }
+    saves.clear()
+    recording = WorkFolder.save
+
+    def stop_every_time(self: WorkFolder, key: str, *rest: object) -> None:
+        recording(self, key, *rest)  # type: ignore[arg-type]
+        raise Stopped
+
+    monkeypatch.setattr(WorkFolder, "save", stop_every_time)
+    for _ in items:
+        with pytest.raises(Stopped):
+            run(small_model, tmp_path / "out")
+    assert saves == items  # each once, none again
+    run(small_model, tmp_path / "out")
+    assert saves == items
+    assert contents(tmp_path / "out") == undisturbed
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_another_recipe_does_not_go_on_with_it(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(calib.stages, "run_tasks", stop)
+    with pytest.raises(Stopped):
+        run(small_model, tmp_path / "out")
+    with pytest.raises(DmqError, match=r"holds an unfinished calibration with recipe\.seed 0, this one has 1"):
+        run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1))
+    with pytest.raises(Stopped):
+        run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1), fresh=True)
+
+
+def test_the_number_of_workers_changes_nothing(
+    small_model: Path, undisturbed: tuple[bytes, ...], tmp_path: Path
+) -> None:
+    run(small_model, tmp_path / "out", Limits(torch.device("cpu"), workers=2))
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def command(model: Path, output: Path, *arguments: str) -> list[str]:
+    return ["-m", "dmq_export", "calibrate", str(model), "-o", str(output), *ARGUMENTS, *arguments]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_end_with_the_same_bytes_as_one(small_model: Path, tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    subprocess.run([sys.executable, *command(small_model, alone)], env=ENVIRONMENT, check=True, capture_output=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    together = [*launcher, *command(small_model, shared, "--json")]
+    done = subprocess.run(together, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=300)
+    assert contents(shared) == contents(alone)
+    assert json.loads(done.stdout)["checkpoint"] == str(shared)  # one of them speaks
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "shared"]
+
+
+@pytest.mark.slow
+def test_killed_it_takes_its_workers_along_and_goes_on(small_model: Path, tmp_path: Path) -> None:
+    arguments = command(small_model, tmp_path / "out", "--workers=2", "--les-iters=60")
+    subprocess.run(
+        [sys.executable, *command(small_model, tmp_path / "alone", "--les-iters=60")],
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
+    )
+    process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, process_group=0)
+    fits = work_folder(tmp_path / "out") / "fits"
+    while not list(fits.glob("*.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGKILL)  # to it alone: its workers notice by themselves
+    process.communicate()
+    assert children
+    deadline = time.monotonic() + 30
+    while any(_running(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_running(pid) for pid in children)
+    subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, check=True, capture_output=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def _running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except OSError:
+        return False
