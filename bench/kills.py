@@ -1,6 +1,6 @@
 """Kill calibrations at random moments, start them again, and compare the results with one that was left alone.
 
-    python bench/kills.py                 # 20 kills, about 15 minutes on two busy cores
+    python bench/kills.py                 # 20 kills of a small model's calibration, about 15 minutes
 
 Every kill is SIGKILL to the process and its workers, uniformly at random over the time an undisturbed calibration
 takes; the same command is then given again. Exits with 1 if any byte of any checkpoint differs.
@@ -18,23 +18,36 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
 from dmq_export.checkpoint import FACTS, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = [
-    "--samples=32",
-    "--steps=5",
-    "--les-iters=15",
-    "--rounding=adaround",
-    "--round-iters=6",
-    "--null-label=10",
-    "--workers=2",
-]
+SETTINGS = ["--samples=20", "--steps=3", "--les-iters=10", "--rounding=adaround", "--round-iters=5", "--workers=2"]
 
 
-def start(output: Path) -> subprocess.Popen[bytes]:
+def save_model(folder: Path) -> None:
+    """A UNet with attention and random weights, 40 quantized layers."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    network.save_pretrained(folder / "unet")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+
+
+def start(model: Path, output: Path) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
-    command = [sys.executable, "-m", "dmq_export", "calibrate", "digits", "-o", str(output), *SETTINGS]
+    command = [sys.executable, "-m", "dmq_export", "calibrate", str(model), "-o", str(output), *SETTINGS]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
 
@@ -48,9 +61,9 @@ def contents(folder: Path) -> tuple[bytes, ...]:
     return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
 
 
-def killed_at(output: Path, moment: float) -> str:
+def killed_at(model: Path, output: Path, moment: float) -> str:
     """Kill a calibration after ``moment`` seconds; what it had finished by then."""
-    process = start(output)
+    process = start(model, output)
     try:
         process.wait(moment)
         return "done before the kill"
@@ -68,17 +81,19 @@ def main() -> None:
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        save_model(model)
         began = time.perf_counter()
-        finish(start(Path(folder) / "alone"))
+        finish(start(model, Path(folder) / "alone"))
         took = time.perf_counter() - began
         expected = contents(Path(folder) / "alone")
         print(f"left alone: {took:.0f} s", flush=True)
         same = 0
         for kill in range(options.kills):
             output, moment = Path(folder) / str(kill), chance.uniform(0, took)
-            state = killed_at(output, moment)
+            state = killed_at(model, output, moment)
             if not output.is_dir():
-                finish(start(output))
+                finish(start(model, output))
             equal = contents(output) == expected
             same += equal
             print(f"kill {kill + 1} after {moment:.1f} s, {state}: {'same' if equal else 'OTHER'} bytes", flush=True)

@@ -71,15 +71,29 @@ def _surgeon(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Te
 
 
 def _sweep(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
-    """Set each column in turn to its best codes given all the others; never increases the error."""
+    """Set each column in turn to its best codes given all the others; never increases the error.
+
+    The gradient is kept up to date within a block of columns, and over all columns once per block: the same steps,
+    with most of the work in matrix products.
+    """
     codes = codes.clone()
-    scale, zero_point = qparams
-    gradient = (weight - scale * (codes - zero_point)) @ moments
-    for i in range(weight.shape[1]):
-        column = QParams(scale[:, i], zero_point[:, i])
+    gradient = (weight - qparams.scale * (codes - qparams.zero_point)) @ moments
+    for start in range(0, weight.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, weight.shape[1]))
+        own = QParams(*(values[:, block] for values in qparams))
+        changes = _sweep_block(codes[:, block], gradient[:, block].clone(), own, moments[block, block], bits)
+        gradient -= changes @ moments[block]
+    return codes
+
+
+def _sweep_block(codes: Tensor, gradient: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
+    """Sweep some columns, changing their ``codes [O, b]`` in place; returns the changes of the weights."""
+    changes = torch.empty_like(gradient)
+    for i in range(codes.shape[1]):
+        column = QParams(qparams.scale[:, i], qparams.zero_point[:, i])
         current = column.scale * (codes[:, i] - column.zero_point)
         best = quantize(current + gradient[:, i] / moments[i, i], column, bits)
-        change = column.scale * (best - codes[:, i])
+        changes[:, i] = column.scale * (best - codes[:, i])
         codes[:, i] = best
-        gradient -= change[:, None] * moments[i]
-    return codes
+        gradient -= changes[:, i, None] * moments[i]
+    return changes

@@ -34,6 +34,7 @@ from dmq_export.table import table
 
 WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch
 PROBE_COLUMNS, PROBE_ITERATIONS = 1200, 8
+BATCHES = (16, 8, 4, 2, 1)
 TIMED, LONG = 3, 2.0
 WORTH_WORKERS = 15.0  # seconds of fits below which starting processes does not pay
 FLOAT = 4
@@ -121,22 +122,23 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     passes = split_passes(specs, rows * recipe.steps, _disk_limit(limits, work))
     fits = _fit_seconds(source, specs, recipe, rows * recipe.steps)
     limit = _memory_limit(limits)
-    fixed = _fixed_bytes(source, specs, recipe, branches)
+    fixed = current_memory() + _trajectory_bytes(source, recipe, branches)
     fit = max(fit_bytes(spec, recipe, rows * recipe.steps) for spec in specs)
-    batch = next((b for b in (16, 8, 4, 2, 1) if fixed + b * activations <= limit), 0)
-    running = fixed + max(max(batch, 1) * activations, fit)
-    if not batch or running > limit:
-        needed = fixed + max(activations, fit)
+    # the check holds a quantized copy of the layers beside the model
+    copy = FLOAT * sum(math.prod(spec.weight_shape) for spec in specs)
+    batch = next((b for b in BATCHES if fixed + copy + b * activations <= limit), 0)
+    needed = fixed + max(copy + max(batch, 1) * activations, fit)
+    if not batch or needed > limit:
         raise DmqError(
             f"calibrating {source.class_name} takes about {in_words(needed)}, {in_words(limit)} is allowed: "
             "raise --max-memory, or free memory"
         )
     workers = _workers(limits, limit - fixed, fit, sum(fits) if limits.workers is None else math.inf)
     if workers > 1:
-        running = max(running, fixed + workers * (fit + WORKER_BYTES))
+        needed = max(needed, fixed + workers * (fit + WORKER_BYTES))
     disk = max(sum(capture_bytes(spec, rows * recipe.steps) for spec in layers) for layers in passes)
     seconds = _seconds(_evaluation_seconds(source, batch), rows, recipe, len(passes), sum(fits) / workers)
-    return Plan(passes, batch, workers, max(running, peak_memory()), disk, seconds)
+    return Plan(passes, batch, workers, max(needed, peak_memory()), disk, seconds)
 
 
 def split_passes(specs: Sequence[LayerSpec], evaluations: int, disk: int) -> tuple[tuple[LayerSpec, ...], ...]:
@@ -230,12 +232,10 @@ def _live_outputs(network: nn.Module) -> Iterator[_Live]:
             handle.remove()
 
 
-def _fixed_bytes(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, branches: int) -> int:
-    """What is held all the time: the process with the model, trajectories, and in the check a quantized copy."""
+def _trajectory_bytes(source: SourceModel, recipe: Recipe, branches: int) -> int:
+    """Inputs and predictions of both sets."""
     kept = (recipe.samples + recipe.check_samples) * branches * recipe.steps
-    trajectories = 2 * FLOAT * kept * math.prod(source.sample_shape)
-    copy = FLOAT * sum(math.prod(spec.weight_shape) for spec in specs)
-    return current_memory() + trajectories + copy
+    return 2 * FLOAT * kept * math.prod(source.sample_shape)
 
 
 def _memory_limit(limits: Limits) -> float:

@@ -1,0 +1,86 @@
+"""Peak memory of calibrating a large model on the CPU, against its weights and against the plan.
+
+    python bench/memory.py              # a UNet of LDM-4's shape, 274 M parameters: an hour on two busy cores
+    python bench/memory.py --small      # 17 M parameters: two minutes
+
+The model has random weights. Few samples and steps are drawn, which changes the time and not the peak: that is the
+largest layer's fit or the check, whichever is more. ``--max-memory`` is three times the float32 weights, or 2 GiB where
+that is more (a process with PyTorch alone takes half a GiB). Exits with 1 above the limit, or where
+the plan was more than a quarter off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from dmq_export.memory import in_words
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ["--samples=2", "--steps=2", "--les-iters=10", "--pts-layers=skip", "--json"]
+SHAPES = {
+    "LDM-4": {"sample_size": 64, "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2},
+    "small": {"sample_size": 32, "block_out_channels": (64, 128, 192, 256), "layers_per_block": 1},
+}
+
+
+def save_model(folder: Path, shape: str) -> int:
+    """Write the model; bytes of its float32 weights."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        in_channels=3,
+        out_channels=3,
+        attention_head_dim=32,
+        down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
+        up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+        **SHAPES[shape],
+    )
+    network.save_pretrained(folder / "unet")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    return sum(4 * parameter.numel() for parameter in network.parameters())
+
+
+def dmq_export(*arguments: str) -> tuple[dict[str, object], int]:
+    """The command's result, and the most memory its process held."""
+    command = [sys.executable, "-m", "dmq_export", *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"dmq-export {arguments[0]} failed")
+    return json.loads(output), usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        weights = save_model(folder / "model", "small" if options.small else "LDM-4")
+        limit = max(3 * weights, 2 * 2**30)
+        arguments = ["calibrate", str(folder / "model"), "-o", str(folder / "out"), *SETTINGS]
+        arguments += ["--workers=1", f"--max-memory={limit}"]
+        plan, _ = dmq_export(*arguments, "--dry-run")
+        print(f"weights {in_words(weights)}, --max-memory {in_words(limit)}", flush=True)
+        print(f"plan: {plan['layers']} layers, {in_words(float(str(plan['memory_bytes'])))}", flush=True)
+        start = time.perf_counter()
+        result, peak = dmq_export(*arguments)
+    error = float(str(plan["memory_bytes"])) / peak - 1
+    print(f"peak: {in_words(peak)}, {peak / weights:.2f} x the weights; the plan was {100 * error:+.0f} % off")
+    print(f"{time.perf_counter() - start:.0f} s: {result['seconds']}")
+    sys.exit(peak > limit or abs(error) > 0.25)
+
+
+if __name__ == "__main__":
+    main()
