@@ -1,5 +1,6 @@
 """Bars on stderr, and the time each stage took."""
 
+import json
 import os
 import subprocess
 import sys
@@ -67,20 +68,43 @@ def test_a_restarted_progress_has_counted_nothing_and_shows_as_before(capsys: py
     assert list(first.seconds) == ["layer fits"]
 
 
-def test_the_bar_counts_on_stderr_and_leaves_stdout_alone() -> None:
-    program = """
+def drawn(advances: str) -> subprocess.CompletedProcess[str]:
+    """A stage of five in a process of its own, every advance drawn."""
+    program = f"""
 from dmq_export.progress import Progress
 with Progress(show=True).stage("fits", 5, "layer") as advance:
-    advance(1)
-    advance(4)
+    {advances}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | {"TQDM_MININTERVAL": "0"},  # every advance is drawn
-        capture_output=True,
-        text=True,
-        check=True,
+    environment = os.environ | {"TQDM_MININTERVAL": "0"}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
+
+
+def test_the_bar_counts_on_stderr_and_leaves_stdout_alone() -> None:
+    done = drawn("advance(1); advance(4)")
     assert done.stdout == ""
     assert [count in done.stderr for count in ("0/5", "1/5", "5/5", "2/5")] == [True, True, True, False]
+
+
+def test_the_log_has_a_line_of_json_for_everything_that_happens(tmp_path: Path) -> None:
+    progress = Progress(show=False, log=tmp_path / "log")
+    with progress.stage("fits", 5, "layer") as advance:
+        advance(1, "to_q")
+        advance(4)
+    progress.note("done", checkpoint="out")
+    progress.restarted().note("again")
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["stage", "progress", "progress", "stage done", "done", "again"]
+    assert all(event["at"] >= 0 for event in events)
+    stage, first, second, finished, done, _ = ({key: e[key] for key in e if key != "at"} for e in events)
+    assert stage == {"event": "stage", "stage": "fits", "total": 5, "unit": "layer"}
+    assert first == {"event": "progress", "stage": "fits", "done": 1, "total": 5, "what": "to_q"}
+    assert second == {"event": "progress", "stage": "fits", "done": 5, "total": 5}
+    assert finished["peak_memory_bytes"] > 2**20
+    assert 0 <= finished["seconds"] < 60
+    assert done == {"event": "done", "checkpoint": "out"}
+
+
+def test_the_bar_names_what_was_done() -> None:
+    assert "to_k" in drawn("advance(1, 'to_q'); advance(4, 'to_k')").stderr

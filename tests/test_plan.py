@@ -1,0 +1,139 @@
+"""What a calibration says it will take, and that limits are respected."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import conv2d, linear
+from models import TINY_RECIPE, save_small_model
+from torch import Tensor, nn
+
+import calib.plan
+from calib.calibrate import planned, work_folder
+from calib.capture import capture_bytes
+from calib.model import SourceModel, load_model
+from calib.plan import Limits, activation_bytes, fit_bytes, make_plan, split_passes
+from calib.recipe import Recipe
+from calib.survey import survey
+from dmq_export.bits import Bits
+from dmq_export.errors import DmqError
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def small(small_model: Path) -> SourceModel:
+    return load_model(small_model, CPU)
+
+
+def plan_of(source: SourceModel, limits: Limits, work: Path, recipe: Recipe = TINY_RECIPE):
+    return make_plan(source, survey(source, Bits(4, 8), "asymmetric", ()), recipe, limits, work)
+
+
+@given(st.integers(1, 500), st.integers(1, 2**20))
+def test_every_layer_is_in_one_pass_and_no_pass_takes_more_than_it_may(evaluations: int, disk: int) -> None:
+    specs = [conv2d(name="a"), linear(name="b"), conv2d(name="c", parts=(64,)), linear(name="d")]
+    passes = split_passes(specs, evaluations, disk)
+    assert [spec for layers in passes for spec in layers] == specs
+    for layers in passes:
+        assert len(layers) == 1 or sum(capture_bytes(spec, evaluations) for spec in layers) <= disk
+
+
+def test_room_for_everything_makes_one_pass_and_none_makes_as_many_as_layers(
+    small: SourceModel, tmp_path: Path
+) -> None:
+    assert len(plan_of(small, Limits(CPU), tmp_path).passes) == 1
+    alone = plan_of(small, Limits(CPU, disk=1), tmp_path)
+    assert [len(layers) for layers in alone.passes] == [1] * 12
+    largest = max(capture_bytes(layers[0], 2 * 3) for layers in alone.passes)
+    assert alone.disk == largest
+
+
+class Nest(nn.Module):
+    """Three outputs of 1000, 2000 and 3000 numbers; the first is alive until the third is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Identity(), nn.Identity(), nn.Identity()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        first = self.a(torch.ones(1000))
+        self.b(torch.ones(2000))  # dies at once
+        third = self.c(torch.ones(3000))
+        return (first[:1] + third[:1],)
+
+
+def test_activations_are_what_lives_at_the_worst_moment() -> None:
+    source = SourceModel(Nest(), "Nest", {"sample_size": 1, "in_channels": 1}, {}, "")
+    assert 2 * 4 * 4000 <= activation_bytes(source) <= 2 * 4 * 4010
+
+
+@pytest.mark.parametrize("largest", [conv2d(parts=(512,), out_channels=512), conv2d(parts=(1792,), out_channels=896)])
+def test_a_fit_takes_no_more_than_was_said_and_not_far_less(largest) -> None:
+    """Against the sum of what certainly is alive at once: patches, three factors of the moments, two of the weights."""
+    said = fit_bytes(largest, TINY_RECIPE, 100)
+    columns = largest.in_channels * 9
+    alive = capture_bytes(largest, 100) + 4 * (3 * 3456**2 + 2 * largest.out_channels * columns)
+    assert alive < said < 3 * alive
+
+
+def test_less_memory_means_smaller_batches_then_a_refusal(
+    small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
+    monkeypatch.setattr(calib.plan, "activation_bytes", lambda source: GIB // 4)
+    batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
+    assert batches == [16, 4, 4, 2, 1]
+    with pytest.raises(DmqError, match=r"calibrating UNet2DModel takes about 1.3 GiB, 1.1 GiB is allowed: raise --max"):
+        plan_of(small, Limits(CPU, memory=9 * GIB // 8), tmp_path)
+
+
+def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(
+    small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
+    roomy, tight = (plan_of(small, Limits(CPU, memory=m, workers=8), tmp_path) for m in (64 * GIB, 3 * GIB))
+    assert roomy.workers == 8
+    assert 1 < tight.workers < 8
+    assert tight.memory <= 3 * GIB
+    # a few seconds of fits are not worth starting processes for
+    assert plan_of(small, Limits(CPU), tmp_path).workers == 1
+
+
+def test_the_time_grows_with_what_is_asked_for(small: SourceModel, tmp_path: Path) -> None:
+    plan = plan_of(small, Limits(CPU), tmp_path)
+    assert set(plan.seconds) == {"trajectories", "layer inputs", "layer fits", "check", "PTS votes"}
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in plan.seconds.values())
+    more = plan_of(
+        small, Limits(CPU), tmp_path, replace(TINY_RECIPE, samples=200, rounding="adaround", round_iterations=100)
+    )
+    assert more.seconds["trajectories"] > 5 * plan.seconds["trajectories"]
+    assert more.seconds["AdaRound"] > 0
+
+
+def test_a_plan_writes_nothing_and_is_json(small_model: Path, tmp_path: Path) -> None:
+    surveyed, plan = planned(small_model, tmp_path / "out", TINY_RECIPE, Limits(CPU))
+    assert list(tmp_path.iterdir()) == []
+    facts = json.loads(json.dumps(plan.to_json(), allow_nan=False))
+    assert facts["layers"] == len(surveyed.coverage.quantized) == 12
+    assert facts["memory_bytes"] > 2**27
+    for words in ("layers to fit", "peak memory", "disk for layer inputs", "time: total"):
+        assert words in plan.text()
+
+
+def test_the_work_folder_lies_beside_the_output(tmp_path: Path) -> None:
+    assert work_folder(tmp_path / "a.b") == tmp_path / "a.b.work"
