@@ -47,8 +47,8 @@ def parse_size(text: str) -> int:
 
 def in_words(size: float) -> str:
     """``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
         size /= 1024
-    return f"{size:.1f} GiB"
+    return f"{size:.1f} {unit}" if size < 100 and unit != "B" else f"{size:.0f} {unit}"
