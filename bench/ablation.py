@@ -68,6 +68,7 @@ VARIATIONS = {
     "without the weight grid": replace(DEFAULT, weight_grid=False),
     "without LES": replace(DEFAULT, les_iterations=0),
     "LES longer (500 iterations of 256)": replace(DEFAULT, les_iterations=500, les_batch=256),
+    "queries, keys, values scaled apart": replace(DEFAULT, les_joint=False),
     "with timestep weighting (alpha 20)": replace(DEFAULT, timestep_alpha=20.0),
     "without clipping": replace(DEFAULT, clip=False),
     "without PTS": replace(DEFAULT, pts_layers="none"),

@@ -1,5 +1,6 @@
 """Fits one layer on its own: equivalent scaling, activation range, weight grid, rounding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,10 +51,50 @@ def load_fit(spec: LayerSpec, work: WorkFolder) -> LayerFit:
     return LayerFit(QuantizedLayer(spec, **arrays), dict(entry.facts))
 
 
-def fit_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
-    """Quantize a layer by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later."""
+@dataclass(frozen=True)
+class FloatLayer:
+    """A layer to fit: its shape, its weight and its bias, if it has one."""
+
+    spec: LayerSpec
+    weight: Tensor
+    bias: Tensor | None
+
+
+def equivalent_scaling(layers: Sequence[FloatLayer], inputs: LayerInputs, recipe: Recipe) -> LesResult:
+    """One equivalent scaling for layers that read the same patches of one input: for all their outputs together.
+
+    Args:
+        inputs: of the first of the layers.
+    """
+    first = layers[0].spec
+    weight = torch.cat([layer.weight for layer in layers])
+    spec = replace(first, out_channels=len(weight))
+    wanted = recipe.rounding != "nearest" and recipe.les_rounding_gain and recipe.les_iterations
+    settings = LesSettings(
+        iterations=recipe.les_iterations,
+        learning_rate=recipe.les_learning_rate,
+        batch=recipe.les_batch,
+        alpha=recipe.timestep_alpha,
+    )
+    return fit_les(
+        spec,
+        weight,
+        inputs,
+        settings,
+        static=recipe.scales == "static",
+        rounding_gain=_rounding_gain(spec, weight, inputs) if wanted else 1.0,
+        seed=stream_seed(recipe.seed, "les", first.name),
+    )
+
+
+def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les: LesResult) -> LayerFit:
+    """Quantize a layer by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later.
+
+    Args:
+        les: from :func:`equivalent_scaling`.
+    """
+    spec, weight, bias = float_layer.spec, float_layer.weight, float_layer.bias
     learned = recipe.rounding != "nearest"
-    les = _equivalent_scaling(spec, weight, inputs, recipe, learned=learned)
     scaled = scaled_weight(spec, weight, les.tau)
     weight_qparams = _weight_qparams(spec, scaled, recipe)
     codes = round_weight(spec, scaled, weight_qparams, inputs.patches, learned=learned, tau=les.tau)
@@ -79,28 +120,6 @@ def fit_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None, inputs: Laye
         **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, few.step, activation)),
     }
     return LayerFit(layer, report)
-
-
-def _equivalent_scaling(
-    spec: LayerSpec, weight: Tensor, inputs: LayerInputs, recipe: Recipe, *, learned: bool
-) -> LesResult:
-    wanted = learned and recipe.les_rounding_gain and recipe.les_iterations
-    gain = _rounding_gain(spec, weight, inputs) if wanted else 1.0
-    settings = LesSettings(
-        iterations=recipe.les_iterations,
-        learning_rate=recipe.les_learning_rate,
-        batch=recipe.les_batch,
-        alpha=recipe.timestep_alpha,
-    )
-    return fit_les(
-        spec,
-        weight,
-        inputs,
-        settings,
-        static=recipe.scales == "static",
-        rounding_gain=gain,
-        seed=stream_seed(recipe.seed, "les", spec.name),
-    )
 
 
 def _rounding_gain(spec: LayerSpec, weight: Tensor, inputs: LayerInputs) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calib.capture import Extrema, LayerInputs, capture_bytes, columns_of, patch_rows
 from calib.families import example_conditioning
-from calib.fit import LOOKED_AT, fit_layer
+from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
 from calib.recipe import Recipe
@@ -38,6 +38,7 @@ BATCHES = (16, 8, 4, 2, 1)
 TIMED, LONG = 3, 2.0
 WORTH_WORKERS = 15.0  # seconds of fits below which starting processes does not pay
 FLOAT = 4
+Family = tuple[LayerSpec, ...]  # layers that share an equivalent scaling
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Plan:
     """How a calibration will run, and what it will take.
 
     Attributes:
-        passes: over the calibration set; the layers whose inputs each captures.
+        passes: over the calibration set; the layers whose inputs each captures, by family.
         batch: samples per evaluation.
         workers: processes that fit layers; 1 for none but the main one.
         memory: bytes, at the worst moment, of all processes together.
@@ -71,7 +72,7 @@ class Plan:
         seconds: by stage.
     """
 
-    passes: tuple[tuple[LayerSpec, ...], ...]
+    passes: tuple[tuple[Family, ...], ...]
     batch: int
     workers: int
     memory: int
@@ -81,7 +82,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
-            "layers": sum(len(layers) for layers in self.passes),
+            "layers": sum(len(family) for families in self.passes for family in families),
             "passes": len(self.passes),
             "batch": self.batch,
             "workers": self.workers,
@@ -94,7 +95,7 @@ class Plan:
         """The plan as a table."""
         total = sum(self.seconds.values())
         rows = [
-            ("layers to fit", str(sum(len(layers) for layers in self.passes))),
+            ("layers to fit", str(sum(len(family) for families in self.passes for family in families))),
             ("passes over the calibration set", str(len(self.passes))),
             ("samples per evaluation", str(self.batch)),
             ("processes that fit layers", str(self.workers)),
@@ -119,7 +120,8 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     branches = 1 if recipe.guidance_scale is None else 2
     activations = branches * activation_bytes(source)
     rows = recipe.samples * branches
-    passes = split_passes(specs, rows * recipe.steps, _disk_limit(limits, work))
+    families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
+    passes = split_passes(families, rows * recipe.steps, _disk_limit(limits, work))
     fits = _fit_seconds(source, specs, recipe, rows * recipe.steps)
     limit = _memory_limit(limits)
     fixed = current_memory() + _trajectory_bytes(source, recipe, branches)
@@ -136,23 +138,27 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     workers = _workers(limits, limit - fixed, fit, sum(fits) if limits.workers is None else math.inf)
     if workers > 1:
         needed = max(needed, fixed + workers * (fit + WORKER_BYTES))
-    disk = max(sum(capture_bytes(spec, rows * recipe.steps) for spec in layers) for layers in passes)
+    disk = max(sum(_captured(family, rows * recipe.steps) for family in families) for families in passes)
     seconds = _seconds(_evaluation_seconds(source, batch), rows, recipe, len(passes), sum(fits) / workers)
     return Plan(passes, batch, workers, max(needed, peak_memory()), disk, seconds)
 
 
-def split_passes(specs: Sequence[LayerSpec], evaluations: int, disk: int) -> tuple[tuple[LayerSpec, ...], ...]:
-    """Layers whose captured inputs fit on the disk together; at least one at a time."""
-    passes: list[list[LayerSpec]] = []
+def split_passes(families: Sequence[Family], evaluations: int, disk: int) -> tuple[tuple[Family, ...], ...]:
+    """Layers whose captured inputs fit on the disk together; at least one family at a time."""
+    passes: list[list[Family]] = []
     used = 0
-    for spec in specs:
-        size = capture_bytes(spec, evaluations)
+    for family in families:
+        size = _captured(family, evaluations)
         if not passes or used + size > disk:
             passes.append([])
             used = 0
-        passes[-1].append(spec)
+        passes[-1].append(family)
         used += size
-    return tuple(tuple(layers) for layers in passes)
+    return tuple(tuple(chosen) for chosen in passes)
+
+
+def _captured(family: Family, evaluations: int) -> int:
+    return sum(capture_bytes(spec, evaluations) for spec in family)
 
 
 def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
@@ -299,9 +305,12 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
     step = torch.arange(len(patches), device=weight.device) % recipe.steps
     inputs = LayerInputs(patches, step, Extrema(-high, high))
 
+    layer = FloatLayer(spec, weight, None)
+
     def fit(iterations: int) -> float:
         start = time.perf_counter()
-        fit_layer(spec, weight, None, inputs, replace(recipe, les_iterations=iterations))
+        once = replace(recipe, les_iterations=iterations)
+        fit_layer(layer, inputs, once, equivalent_scaling([layer], inputs, once))
         return time.perf_counter() - start
 
     with one_thread(weight.device):

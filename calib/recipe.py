@@ -31,6 +31,8 @@ class Recipe:
         les_iterations: of learned equivalent scaling per layer; 0 leaves it out.
         les_learning_rate: of Adam, on the logarithm of the factors.
         les_batch: patches per iteration.
+        les_joint: layers that share an input (queries, keys, values) share the scaling, so that it can be folded
+            into what makes the input.
         les_rounding_gain: weigh the weights' share of the loss by what learned rounding gains (:mod:`calib.les`).
         timestep_alpha: exponent of the adaptive timestep weight; 0 weighs all steps alike.
         clip: search the activation ranges by squared output error instead of min-max.
@@ -58,6 +60,7 @@ class Recipe:
     les_iterations: int = 100
     les_learning_rate: float = 1e-2
     les_batch: int = 64
+    les_joint: bool = True
     les_rounding_gain: bool = True
     timestep_alpha: float = 0.0
     clip: bool = True
@@ -108,6 +111,7 @@ PRESETS: dict[Preset, Recipe] = {
         les_iterations=6000,
         les_learning_rate=1e-3,
         les_batch=256,
+        les_joint=False,
         les_rounding_gain=False,
         timestep_alpha=20.0,
         rounding="adaround",

@@ -15,7 +15,7 @@ from calib.adaround import adaround
 from calib.capture import GROUP, Captures, group_count
 from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
-from calib.fit import LayerFit, fit_key, load_fit
+from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
 from calib.layer_op import weight_of
 from calib.model import SourceModel
 from calib.plan import Plan
@@ -63,11 +63,12 @@ class Stages:
 
     def fit(self, calibration: Trajectories) -> list[LayerFit]:
         """Fit every layer on its own; in the order of the survey."""
-        for specs in self.plan.passes:
-            if not all(fit_key(spec) in self.work for spec in specs):
+        for families in self.plan.passes:
+            specs = [spec for family in families for spec in family]
+            if not self._fitted(specs):
                 captures = Captures(self.work, calibration, specs, seed=self.recipe.seed)
                 self._capture(captures, calibration)
-                self._fit_pass(captures, specs)
+                self._fit_pass(captures, families)
                 if self.ranks.leads:
                     captures.forget()
         return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
@@ -149,31 +150,32 @@ class Stages:
         sizes = self._group_sizes(groups, calibration)
         self._each("layer inputs", "evaluation", sizes, compute, has=lambda key: captures.has(groups[key]))
 
-    def _fit_pass(self, captures: Captures, specs: Sequence[LayerSpec]) -> None:
-        mine = self.ranks.mine(specs)
-        missing = [spec for spec in mine if fit_key(spec) not in self.work]
-        with self.progress.stage("layer fits", len(mine), "layer") as advance:
-            advance(len(mine) - len(missing))
+    def _fit_pass(self, captures: Captures, families: Sequence[tuple[LayerSpec, ...]]) -> None:
+        mine = self.ranks.mine(families)
+        missing = [specs for specs in mine if not self._fitted(specs)]
+        total = sum(len(specs) for specs in mine)
+        with self.progress.stage("layer fits", total, "layer") as advance:
+            advance(total - sum(len(specs) for specs in missing))
 
-            def done(name: str, seconds: float) -> None:
-                advance(1, name)
-                self.progress.note("layer", name=name, seconds=round(seconds, 3))
+            def done(seconds: dict[str, float]) -> None:
+                for name, taken in seconds.items():
+                    advance(1, name)
+                    self.progress.note("layer", name=name, seconds=round(taken, 3))
 
-            run_tasks([self._task(spec, captures) for spec in missing], self.plan.workers, done)
+            run_tasks([self._task(specs, captures) for specs in missing], self.plan.workers, done)
             self.ranks.wait()
 
-    def _task(self, spec: LayerSpec, captures: Captures) -> FitTask:
+    def _fitted(self, specs: Sequence[LayerSpec]) -> bool:
+        return all(fit_key(spec) in self.work for spec in specs)
+
+    def _task(self, specs: Sequence[LayerSpec], captures: Captures) -> FitTask:
+        layers = tuple(self._float_layer(spec) for spec in specs)
+        return FitTask(layers, captures, self.recipe, self.work, self.device)
+
+    def _float_layer(self, spec: LayerSpec) -> FloatLayer:
         module = self.source.network.get_submodule(spec.name)
         bias = module.bias
-        return FitTask(
-            spec=spec,
-            weight=weight_of(module),
-            bias=bias.detach() if isinstance(bias, torch.Tensor) else None,
-            captures=captures,
-            recipe=self.recipe,
-            work=self.work,
-            device=self.device,
-        )
+        return FloatLayer(spec, weight_of(module), bias.detach() if isinstance(bias, torch.Tensor) else None)
 
     def _votes(self, spec: LayerSpec) -> bool:
         return self.recipe.pts_layers == "all" or (self.recipe.pts_layers == "skip" and len(spec.parts) > 1)

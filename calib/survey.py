@@ -1,5 +1,6 @@
 """Runs the model once and says of every layer what it is, when it runs and whether it will be quantized."""
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,18 @@ WEIGHTED: tuple[type[nn.Module], ...] = (
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a layer: its input's shape, and the channels of each tensor if the input is a concat."""
+    """One run of a layer.
+
+    Attributes:
+        shape: of its input.
+        parts: the channels of each tensor if the input is a concat.
+        source: number of its input; layers that are given the same tensor have the same.
+    """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[int, ...]
+    source: int
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one run of the model shows."""
+    """What one run of the model shows.
+
+    Attributes:
+        siblings: the quantized layers in order, those that share one input (queries, keys, values) together.
+    """
 
     coverage: Coverage
     blocks: tuple[Block, ...]
+    siblings: tuple[tuple[LayerSpec, ...], ...]
 
 
 class _Concats(TorchFunctionMode):
@@ -90,11 +103,15 @@ def observe(source: SourceModel) -> list[Call]:
     """
     calls: list[Call] = []
     concats = _Concats()
+    inputs: list[weakref.ref[Tensor]] = []  # weak, or every activation would stay
 
     def note(module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
         x = args[0]
         axis = -1 if isinstance(module, nn.Linear) else 1
-        calls.append(Call(name, tuple(x.shape), concats.parts(x, axis)))
+        number = next((i for i, known in enumerate(inputs) if known() is x), len(inputs))
+        if number == len(inputs):
+            inputs.append(weakref.ref(x))
+        calls.append(Call(name, tuple(x.shape), concats.parts(x, axis), number))
 
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: note(module, args, name))
@@ -139,7 +156,7 @@ def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequ
     )
     if not specs:
         raise ModelError("no layer is left to quantize: see --float-layer and the model's layers")
-    return Survey(Coverage(specs, floats), _blocks(source, specs))
+    return Survey(Coverage(specs, floats), _blocks(source, specs), _siblings(specs, calls))
 
 
 def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequence[str]) -> tuple[FloatLayer, ...]:
@@ -237,6 +254,16 @@ def _blocks(source: SourceModel, specs: Sequence[LayerSpec]) -> tuple[Block, ...
         )
         blocks.setdefault(next(inside, spec.name), []).append(spec.name)
     return tuple(Block(name, tuple(layers)) for name, layers in blocks.items())
+
+
+def _siblings(specs: Sequence[LayerSpec], calls: Mapping[str, Call]) -> tuple[tuple[LayerSpec, ...], ...]:
+    """Layers that read the same patches of the same input, so that they can share one equivalent scaling."""
+    families: dict[object, list[LayerSpec]] = {}
+    for spec in specs:
+        window = (spec.kind, spec.parts, spec.kernel, spec.stride, spec.padding, spec.dilation)
+        alone = spec.name if spec.groups > 1 else None
+        families.setdefault((calls[spec.name].source, window, alone), []).append(spec)
+    return tuple(tuple(family) for family in families.values())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

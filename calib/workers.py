@@ -14,37 +14,39 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from calib.capture import Captures
-from calib.fit import fit_layer
+from calib.capture import Captures, LayerInputs
+from calib.fit import FloatLayer, equivalent_scaling, fit_layer
 from calib.recipe import Recipe
 from calib.work import WorkFolder
-from dmq_export.layer import LayerSpec
 
 WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """One layer to fit, and where its inputs are and its fit goes."""
+    """Layers to fit, and where their inputs are and their fits go; those of one task share their equivalent scaling."""
 
-    spec: LayerSpec
-    weight: Tensor
-    bias: Tensor | None
+    layers: tuple[FloatLayer, ...]
     captures: Captures
     recipe: Recipe
     work: WorkFolder
     device: torch.device
 
-    def run(self) -> tuple[str, float]:
-        """Fit and keep the result; the layer's name, and seconds."""
-        inputs = self.captures.load(self.spec).to(self.device)
+    def run(self) -> dict[str, float]:
+        """Fit and keep the results; seconds by layer, the first one's with the scaling."""
+        seconds = {}
         start = time.perf_counter()
         with one_thread(self.device):
-            fit = fit_layer(self.spec, self.weight, self.bias, inputs, self.recipe)
-        fit.save(self.work)
-        return self.spec.name, time.perf_counter() - start
+            les = equivalent_scaling(self.layers, self._inputs(self.layers[0]), self.recipe)
+            for layer in self.layers:
+                fit_layer(layer, self._inputs(layer), self.recipe, les).save(self.work)
+                seconds[layer.spec.name] = time.perf_counter() - start
+                start = time.perf_counter()
+        return seconds
+
+    def _inputs(self, layer: FloatLayer) -> LayerInputs:
+        return self.captures.load(layer.spec).to(self.device)
 
 
 @contextmanager
@@ -59,17 +61,17 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_tasks(tasks: Sequence[FitTask], workers: int, done: Callable[[str, float], None]) -> None:
-    """Run every task, in ``workers`` processes if more than one; ``done`` receives name and seconds of each."""
+def run_tasks(tasks: Sequence[FitTask], workers: int, done: Callable[[dict[str, float]], None]) -> None:
+    """Run every task, in ``workers`` processes if more than one; ``done`` receives the seconds by layer of each."""
     if workers < 2 or len(tasks) < 2:
         for task in tasks:
-            done(*task.run())
+            done(task.run())
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch, initargs=(os.getpid(),))
     with pool:
         for future in as_completed([pool.submit(FitTask.run, task) for task in tasks]):
-            done(*future.result())
+            done(future.result())
 
 
 def _watch(parent: int) -> None:

@@ -12,7 +12,7 @@ from reference import dequantize_input, dequantize_weight, operate, quantize_inp
 from torch import nn
 
 from calib.capture import Extrema, LayerInputs
-from calib.fit import LayerFit, fit_layer, load_fit
+from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
 from calib.layer_op import weight_of
 from calib.les import OUTPUTS
 from calib.recipe import Recipe
@@ -51,7 +51,8 @@ def inputs_of(spec: LayerSpec, *, rows: int = 300) -> LayerInputs:
 
 def fit(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
     bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-    return fit_layer(spec, weight_of(module), None if bias is None else bias.detach(), inputs, recipe)
+    layer = FloatLayer(spec, weight_of(module), None if bias is None else bias.detach())
+    return fit_layer(layer, inputs, recipe, equivalent_scaling([layer], inputs, recipe))
 
 
 def sqnr(fit: LayerFit, module: nn.Module, inputs: LayerInputs, *, weights: bool, activations: bool) -> float:
@@ -232,3 +233,20 @@ def test_a_layer_of_many_outputs_is_fitted_on_some_of_them_at_a_time() -> None:
     assert not np.array_equal(few, many)
     whole = fit(conv2d(out_channels=OUTPUTS), module_of(conv2d(out_channels=OUTPUTS)), inputs, RECIPE)
     assert whole.report["output_db"] == pytest.approx(fit(spec, module, inputs, RECIPE).report["output_db"], abs=2)
+
+
+def test_layers_of_one_input_share_a_scaling_that_serves_both() -> None:
+    """Against each one's own: the shared factors lie between, and neither layer loses much."""
+    quiet, loud = (linear(name=name, parts=(16,), out_channels=24) for name in ("quiet", "loud"))
+    modules = [module_of(quiet), module_of(loud)]
+    with torch.no_grad():
+        modules[1].get_parameter("weight").mul_(torch.logspace(-1, 1, 16))
+    inputs, recipe = inputs_of(quiet, rows=900), replace(RECIPE, les_iterations=200, les_batch=64)
+    layers = [FloatLayer(spec, weight_of(module), None) for spec, module in zip((quiet, loud), modules, strict=True)]
+    own = [equivalent_scaling([layer], inputs, recipe).tau.log() for layer in layers]
+    shared = equivalent_scaling(layers, inputs, recipe)
+    together = shared.tau.log()
+    assert all(float((together - tau).std()) < float((own[0] - own[1]).std()) for tau in own)
+    fits = [fit_layer(layer, inputs, recipe, shared) for layer in layers]
+    assert np.array_equal(fits[0].layer.tau, fits[1].layer.tau)
+    assert not np.array_equal(fits[0].layer.codes, fits[1].layer.codes)

@@ -328,3 +328,49 @@ def test_observing_leaves_no_hooks_behind(tiny: SourceModel) -> None:
     assert calls[-1].name == "conv_out"
     assert calls[-1].shape == (2, 8, 8, 8)
     assert not any(module._forward_pre_hooks for module in tiny.network.modules())
+
+
+def test_queries_keys_and_values_are_siblings_and_nothing_else(tiny_model: Path) -> None:
+    surveyed = survey(load_model(tiny_model, torch.device("cpu")), Bits(4, 8), "asymmetric", ())
+    families = [[spec.name for spec in family] for family in surveyed.siblings]
+    assert sorted(name for family in families for name in family) == sorted(
+        spec.name for spec in surveyed.coverage.quantized
+    )
+    together = [family for family in families if len(family) > 1]
+    attentions = {name.rpartition(".")[0] for family in together for name in family}
+    assert together
+    assert together == [
+        [f"{a}.{part}" for part in ("to_q", "to_k", "to_v")]
+        for a in dict.fromkeys(family[0].rpartition(".")[0] for family in together)
+    ]
+    assert len(attentions) == len(together)
+
+
+class Shared(nn.Module):
+    """Layers of one input that look at it differently, and one whose input only has the same values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.narrow, self.strided = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, stride=2)
+        self.grouped, self.copied = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        x = self.first(sample)
+        for layer in (self.a, self.b, self.narrow, self.strided, self.grouped):
+            layer(x)
+        self.copied(x.clone())
+        return (self.last(x),)
+
+
+def test_siblings_read_the_same_patches_of_the_same_tensor() -> None:
+    source = SourceModel(Shared(), "Shared", {"sample_size": 8, "in_channels": 1}, {}, "")
+    families = survey(source, Bits(4, 8), "asymmetric", ()).siblings
+    assert [[spec.name for spec in family] for family in families] == [
+        ["a", "b"],
+        ["narrow"],
+        ["strided"],
+        ["grouped"],
+        ["copied"],
+    ]

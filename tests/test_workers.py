@@ -8,7 +8,7 @@ import torch
 from models import TINY_RECIPE
 
 from calib.capture import Captures, group_count
-from calib.fit import fit_key, load_fit
+from calib.fit import FloatLayer, fit_key, load_fit
 from calib.layer_op import weight_of
 from calib.model import load_model
 from calib.survey import survey
@@ -30,21 +30,20 @@ def tasks(tiny_model: Path, tmp_path: Path) -> list[FitTask]:
     captures = Captures(work, trajectories, specs, seed=0)
     for group in range(group_count(trajectories)):
         captures.take(source.network, group)
-    return [
-        FitTask(spec, weight_of(source.network.get_submodule(spec.name)), None, captures, TINY_RECIPE, work, CPU)
-        for spec in specs
-    ]
+    layers = [FloatLayer(spec, weight_of(source.network.get_submodule(spec.name)), None) for spec in specs]
+    return [FitTask((layer,), captures, TINY_RECIPE, work, CPU) for layer in layers]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_is_done_once_and_its_fit_is_kept(tasks: list[FitTask], workers: int) -> None:
-    done: list[tuple[str, float]] = []
-    run_tasks(tasks, workers, lambda name, seconds: done.append((name, seconds)))
-    assert sorted(name for name, _ in done) == sorted(task.spec.name for task in tasks)
-    assert all(seconds > 0 for _, seconds in done)
-    for task in tasks:
-        assert fit_key(task.spec) in task.work
-        assert load_fit(task.spec, task.work).layer.spec == task.spec
+    done: list[dict[str, float]] = []
+    run_tasks(tasks, workers, done.append)
+    specs = [layer.spec for task in tasks for layer in task.layers]
+    assert sorted(name for seconds in done for name in seconds) == sorted(spec.name for spec in specs)
+    assert all(taken > 0 for seconds in done for taken in seconds.values())
+    for spec in specs:
+        assert fit_key(spec) in tasks[0].work
+        assert load_fit(spec, tasks[0].work).layer.spec == spec
 
 
 def test_a_failing_task_is_an_error_here(tasks: list[FitTask]) -> None:
