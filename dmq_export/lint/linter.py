@@ -1,0 +1,65 @@
+"""All rules, and the function that applies them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from dmq_export.errors import CheckFailedError
+from dmq_export.lint import placement, quantizers, structure, weights
+from dmq_export.lint.finding import Finding, Rule, errors
+from dmq_export.lint.view import QdqGraph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+RULES: tuple[Rule, ...] = (*quantizers.RULES, *weights.RULES, *placement.RULES, *structure.RULES)
+
+
+def lint_model(model: ir.Model) -> tuple[Finding, ...]:
+    """Everything in ``model`` that TensorRT refuses or runs other than meant; the model stays as it is.
+
+    A graph without a single quantizer gets no findings.
+    """
+    graph = QdqGraph(_typed(model))
+    return tuple(
+        Finding(rule.name, rule.severity, _name(node), found, rule.allowed, rule.remedy)
+        for rule in RULES
+        for node, found in rule.check(graph)
+    )
+
+
+def require_buildable(findings: tuple[Finding, ...], name: str) -> None:
+    """Refuse a graph with errors.
+
+    Raises:
+        CheckFailedError: naming the first error, and how many there are.
+    """
+    found = errors(findings)
+    if found:
+        first = found[0]
+        others = f" ({len(found) - 1} more: run dmq-export lint)" if len(found) > 1 else ""
+        raise CheckFailedError(
+            f"{name} cannot become a TensorRT engine: {first.node}: {first.found} ({first.rule}); allowed is "
+            f"{first.allowed}; {first.remedy}{others}"
+        )
+
+
+def _typed(model: ir.Model) -> ir.Model:
+    """A copy in which every value has a type and a shape, where ONNX can infer them."""
+    from onnx_ir.passes import common
+
+    typed = model.clone()
+    inference = logging.getLogger("onnx_ir")
+    level = inference.level
+    inference.setLevel(logging.ERROR)  # what cannot be inferred stays unknown, and the rules say nothing of it
+    try:
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(typed)
+    finally:
+        inference.setLevel(level)
+    return typed
+
+
+def _name(node: ir.Node | None) -> str:
+    """The node's name, or that of its output where it has none."""
+    return "" if node is None else node.name or node.outputs[0].name or node.op_type
