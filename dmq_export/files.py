@@ -32,6 +32,53 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_files(path: Path, companion: str) -> Iterator[Path]:
+    """As :func:`atomic_file` for a file and one that belongs to it, both in one folder: both change or neither.
+
+    The block writes the scratch path and, where there is one, the file ``companion`` beside it. An old companion
+    goes when there is no new one. Old files leave before new ones come, so an interruption can lose both but never
+    leave a file beside another one's companion.
+
+    Raises:
+        DmqError: as :func:`atomic_file`, for either of them.
+    """
+    beside = path.with_name(companion)
+    require_file(path)
+    require_file(beside)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch / path.name
+        if beside.exists() or (scratch / companion).exists():
+            _take_places(scratch, path, beside)
+        else:
+            (scratch / path.name).replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_places(scratch: Path, path: Path, beside: Path) -> None:
+    """Move the files of ``scratch`` to ``path`` and ``beside``; or leave both as they were."""
+    old = scratch / "old"
+    old.mkdir()
+    new = [there for there in (beside, path) if there is path or (scratch / there.name).exists()]
+    placed: list[Path] = []
+    try:
+        for there in (path, beside):
+            if there.exists():
+                there.rename(old / there.name)
+        for there in new:
+            (scratch / there.name).rename(there)
+            placed.append(there)
+    except BaseException:
+        for there in placed:
+            there.unlink()
+        for there in (beside, path):
+            if (old / there.name).exists():
+                (old / there.name).rename(there)
+        raise
+
+
+@contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder that takes the place of ``path`` when the block ends without an error; links are followed.
 

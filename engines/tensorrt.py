@@ -1,0 +1,149 @@
+"""TensorRT as an engine.
+
+No machine of ours has the GPU this needs, so nothing here has been run; every name and argument it uses is checked
+against NVIDIA's bindings (``tests/test_tensorrt_api.py``), and ``scripts/verify_tensorrt.sh`` runs it where it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.errors import DmqError
+from dmq_export.files import sha256
+from engines.cuda import Buffer, Stream
+from engines.plan import PlanFacts, read_plan
+from engines.shapes import ShapeRange
+from engines.trt_environment import require_tensorrt
+from engines.trt_runtime import deserialize
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+Array = NDArray[Any]
+
+
+class TensorRtDenoiser:
+    """Runs a plan: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
+
+    Buffers are bound and the work is recorded as a CUDA graph once for each batch size that follows another; a call
+    then copies its inputs, launches the graph and copies the prediction back. A batch outside the plan's range is
+    padded or cut into several.
+
+    Args:
+        path: the plan, with ``engine.json`` beside it.
+        weights: the ONNX file a plan without weights was built from.
+
+    Raises:
+        DmqError: TensorRT or a GPU is missing, or the plan was not built for what is here.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, path: Path, weights: Path | None = None) -> None:
+        content, facts = read_plan(path, require_tensorrt())
+        engine = deserialize(content, host_code=facts.version_compatible)
+        if facts.stripped:
+            _refit(engine, facts, path, weights)
+        self.facts = facts
+        self._engine: trt.ICudaEngine = engine
+        self._context: trt.IExecutionContext = engine.create_execution_context()
+        self._stream = Stream()
+        self._buffers: dict[str, Buffer] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._graph: Any = None
+
+    def __call__(self, sample: NDArray[np.float32], timestep: float, **conditioning: Array) -> NDArray[np.float32]:
+        arrays = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
+        _require_inputs(arrays, self.facts.shapes)
+        predictions = []
+        for piece, count in batches(arrays, self.facts.shapes["sample"]):
+            predictions.append(self._run(piece)[:count].astype(np.float32))
+        return np.concatenate(predictions)
+
+    def _run(self, arrays: Mapping[str, Array]) -> Array:
+        """The first output for inputs of one batch; overwritten by the next call."""
+        shapes = {name: value.shape for name, value in arrays.items()}
+        if shapes != self._shapes:
+            self._bind(shapes)
+        for name, value in arrays.items():
+            self._buffers[name].upload(value, self._stream)
+        self._stream.launch(self._graph)
+        return self._buffers[self._outputs()[0]].download(self._stream)
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Give every tensor its memory, then record one evaluation."""
+        import tensorrt as trt
+
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise DmqError(f"the engine does not take input {name} of shape {list(shape)}")
+        for buffer in self._buffers.values():
+            buffer.free()
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
+            sizes = self._context.get_tensor_shape(name)
+            self._buffers[name] = Buffer(tuple(sizes[axis] for axis in range(len(sizes))), dtype)
+            self._context.set_tensor_address(name, self._buffers[name].address)
+        self._enqueue()  # a change of shapes takes effect with the first run, which must not be recorded
+        self._stream.synchronize()
+        self._graph = self._stream.record(self._enqueue)
+        self._shapes = shapes
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream.handle)):
+            raise DmqError("TensorRT could not start the engine")
+
+    def _outputs(self) -> list[str]:
+        import tensorrt as trt
+
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        return [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+
+
+def batches(arrays: Mapping[str, Array], sample: ShapeRange) -> Iterator[tuple[dict[str, Array], int]]:
+    """Pieces of a batch that the plan's range for ``sample`` takes, each with how many of its rows count.
+
+    Arrays as long as the sample are cut with it and padded by repeating their last row; others stay whole.
+    """
+    count = len(arrays["sample"])
+    size = min(max(count, sample.minimum[0]), sample.maximum[0])
+    for start in range(0, count, size):
+        rows = min(size, count - start)
+        padded = max(rows, sample.minimum[0])
+        index = np.minimum(np.arange(start, start + padded), start + rows - 1)
+        yield {name: value[index] if _is_batched(value, count) else value for name, value in arrays.items()}, rows
+
+
+def _is_batched(value: Array, count: int) -> bool:
+    return value.ndim > 0 and len(value) == count
+
+
+def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange]) -> None:
+    odd = sorted(set(arrays) ^ set(shapes))
+    if odd:
+        problem = "is missing" if odd[0] in shapes else "is unknown"
+        raise DmqError(f"input {odd[0]} {problem}: the plan takes {', '.join(shapes)}")
+
+
+def _refit(engine: trt.ICudaEngine, facts: PlanFacts, path: Path, weights: Path | None) -> None:
+    """Put the weights of the ONNX file back into a plan that was built without them."""
+    import tensorrt as trt
+    from polygraphy.backend.trt import get_trt_logger
+
+    if weights is None:
+        raise DmqError(f"{path} was built without weights: give the ONNX file {next(iter(facts.onnx_sha256))} too")
+    for name, digest in facts.onnx_sha256.items():
+        beside = weights.with_name(name) if len(facts.onnx_sha256) > 1 else weights
+        if not beside.is_file() or sha256(beside) != digest:
+            raise DmqError(f"{path} was not built from {beside}: give the ONNX file it was built from")
+    logger = get_trt_logger()
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+        raise DmqError(f"TensorRT could not put the weights of {weights} into {path}")

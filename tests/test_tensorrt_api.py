@@ -1,0 +1,82 @@
+"""Every TensorRT, Polygraphy and CUDA name, enum member and argument our code uses exists in NVIDIA's own bindings.
+
+The names come from our code itself: mypy reads it against stubs of the real modules, of the oldest TensorRT we take
+and of the newest 10 and 11 known to work. No GPU is involved; what TensorRT then computes is another matter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from nvidia import ROOT, Bindings, unpack_bindings, uses_of_nvidia
+
+RELEASES = (
+    "tensorrt-cu12-bindings==10.9.0.34",
+    "tensorrt-cu13-bindings==10.16.1.11",
+    "tensorrt-cu13-bindings==11.4.0.106",
+)
+MISTAKES = [
+    # file, what is there, what a slip makes of it
+    ("trt_build.py", "strongly_typed=True", "strong_typed=True"),
+    ("trt_build.py", "MemoryPoolType.WORKSPACE", "MemoryPoolType.WORKSPCE"),
+    ("trt_build.py", "LayerInformationFormat.JSON", "LayerInformationFormat.Json"),
+    ("trt_build.py", "profile.add(name, min=", "profile.add(name, low="),
+    ("trt_build.py", "save_timing_cache=cache", "timing_cache=cache"),
+    ("trt_runtime.py", "engine_host_code_allowed", "engine_hostcode_allowed"),
+    ("trt_runtime.py", "runtime.deserialize_cuda_engine(content)", "runtime.deserialize_cuda_engine()"),
+    ("tensorrt.py", "execute_async_v3", "execute_async_v4"),
+    ("tensorrt.py", "TensorIOMode.OUTPUT", "TensorIOMode.OUTPUTS"),
+    ("tensorrt.py", "set_tensor_address(name, ", "set_tensor_address("),
+    ("cuda.py", "cudaMemcpyHostToDevice", "cudaMemcpyHostToDevices"),
+    ("cuda.py", "cudaGraphInstantiate(graph, 0)", "cudaGraphInstantiate(graph)"),
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    return unpack_bindings(request.param, tmp_path_factory.mktemp("bindings"))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Our code, to be spoilt."""
+    for package in ("engines", "dmq_export"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    return tmp_path
+
+
+def test_every_module_that_uses_them_is_read() -> None:
+    names = {path.name for path in uses_of_nvidia(ROOT / "engines")}
+    assert {"cuda.py", "tensorrt.py", "trt_build.py", "trt_environment.py", "trt_runtime.py"} <= names
+
+
+def test_every_name_and_argument_exists(bindings: Bindings) -> None:
+    assert bindings.mypy(ROOT) == []
+
+
+def test_our_settings_reach_the_builder_through_polygraphy(bindings: Bindings, tmp_path: Path) -> None:
+    probe = str(ROOT / "tests" / "trt_probe.py")
+    report = json.loads(bindings.python(probe, str(tmp_path / "cache")).stdout.splitlines()[-1])
+    assert report["version"] == bindings.version
+    assert report["flags"] == ["REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+    assert (report["number of flags"], report["plain flags"]) == (3, 0)
+    assert (report["level"], report["workspace"]) == (4, ["WORKSPACE", 2**30])
+    assert report["verbosity"] == "DETAILED"
+    assert report["hardware levels"] == ["NONE", "SAME_COMPUTE_CAPABILITY", "AMPERE_PLUS"]
+
+
+def test_a_slip_is_noticed_where_it_is(bindings: Bindings, copy: Path) -> None:
+    for name, right, wrong in MISTAKES:
+        path = copy / "engines" / name
+        assert right in path.read_text()
+        path.write_text(path.read_text().replace(right, wrong))
+    noticed = {":".join(line.split(":")[:2]) for line in bindings.mypy(copy)}
+    for name, _, wrong in MISTAKES:
+        lines = (copy / "engines" / name).read_text().splitlines()
+        where = {f"engines/{name}:{number}" for number, line in enumerate(lines, 1) if wrong in line}
+        assert where & noticed, wrong
