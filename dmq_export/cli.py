@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 from dmq_export.memory import parse_size
 from dmq_export.schedulers import SCHEDULERS
+from engines.plan import HardwareCompatibility
 
 FOLDER = click.Path(path_type=Path)
 Command = Callable[..., Any]
@@ -177,6 +179,70 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
 
     export = export_onnx(checkpoint, output, Progress(), verify=verify)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
+
+
+@main.command()
+@click.argument("file", type=FOLDER)
+@json_option
+def lint(file: Path, as_json: bool) -> None:
+    """Check the ONNX FILE, of any tool, against TensorRT's rules for quantized graphs; exit 1 on errors."""
+    from dmq_export.commands.lint import lint_file
+
+    result = lint_file(file)
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+    click.get_current_context().exit(0 if result.ok else 1)
+
+
+@main.command()
+@click.argument("path", type=FOLDER)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint folder, an ONNX file, or a TensorRT plan."""
+    from dmq_export.commands.inspect import inspect as run
+
+    result = run(path)
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+
+
+@main.command()
+@click.argument("onnx", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, help="Plan to write, with its .engine.json beside it.")
+@click.option("--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="Of an input of open size: 1x4x64x64,...")
+@click.option("--timing-cache", type=FOLDER, metavar="FILE", help="Read and extended; makes later builds faster.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="5 builds longest and runs fastest.")
+@click.option("--workspace", type=Size(), metavar="SIZE", help="GPU memory for kernels.  [default: all]")
+@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions too.")
+@click.option(
+    "--hardware-compatible", type=choice(HardwareCompatibility), default="none", help="Run on other GPUs too."
+)
+@click.option("--refit", is_flag=True, help="Weights can be replaced later.")
+@click.option("--strip-weights", is_flag=True, help="Leave the weights out; loading needs the ONNX file.")
+@click.option("--lint-only", is_flag=True, help="Check the file and stop; needs neither TensorRT nor a GPU.")
+@json_option
+def trt_build(
+    onnx: Path,
+    output: Path | None,
+    shapes: tuple[str, ...],
+    lint_only: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    r"""Build a TensorRT plan from an ONNX file made by onnx --target tensorrt.
+
+    \b
+    dmq-export trt-build model.onnx -o model.plan --shapes sample:1x4x64x64,2x4x64x64,8x4x64x64
+    """
+    if lint_only:
+        click.get_current_context().invoke(lint, file=onnx, as_json=as_json)
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    from dmq_export.commands.trt_build import build_engine
+    from engines.shapes import parse_shapes
+    from engines.trt_build import BuildSettings
+
+    note = partial(click.echo, err=True)
+    result = build_engine(onnx, output, parse_shapes(shapes), BuildSettings(**settings), note)
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 
 @main.command()

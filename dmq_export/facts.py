@@ -19,4 +19,5 @@ def model_facts(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
         "recipe": dict(checkpoint.recipe),
         "timesteps": checkpoint.timesteps.tolist(),
         "weights_sha256": checkpoint.model.weights_sha256,
+        "float_layers": {layer.name: layer.reason for layer in checkpoint.float_layers},
     }

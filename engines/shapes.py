@@ -71,7 +71,7 @@ def _require_growing(name: str, chosen: ShapeRange) -> None:
 
 
 def _require_fit(name: str, sizes: Sizes, chosen: ShapeRange) -> None:
-    stated = "x".join(map(str, sizes)) or "a single number"
+    stated = f"[{', '.join(map(str, sizes))}]"
     for shape in (chosen.minimum, chosen.maximum):
         fits = len(shape) == len(sizes) and all(
             isinstance(size, str) or size == wanted for size, wanted in zip(sizes, shape, strict=True)
@@ -99,7 +99,7 @@ def _named_sizes(inputs: Mapping[str, Sizes], given: Mapping[str, ShapeRange]) -
 def _derived(name: str, shape: Sizes, sizes: Mapping[str, Shape]) -> ShapeRange:
     unknown = [size for size in shape if isinstance(size, str) and size not in sizes]
     if unknown:
-        stated = "x".join(map(str, shape))
-        raise DmqError(f"input {name} ({stated}) has the open size {unknown[0]!r}: give --shapes {name}:MIN,OPT,MAX")
+        stated = f"[{', '.join(map(str, shape))}]"
+        raise DmqError(f"input {name} {stated} has the open size {unknown[0]!r}: give --shapes {name}:MIN,OPT,MAX")
     chosen = [tuple(size if isinstance(size, int) else sizes[size][which] for size in shape) for which in range(3)]
     return ShapeRange(*chosen)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from dmq_export.errors import CheckFailedError
 from dmq_export.lint import placement, quantizers, structure, weights
 from dmq_export.lint.finding import Finding, Rule, errors
-from dmq_export.lint.view import QdqGraph
+from dmq_export.lint.view import QdqGraph, with_types
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,7 +20,7 @@ def lint_model(model: ir.Model) -> tuple[Finding, ...]:
 
     A graph without a single quantizer gets no findings.
     """
-    graph = QdqGraph(_typed(model))
+    graph = QdqGraph(with_types(model))
     return tuple(
         Finding(rule.name, rule.severity, _name(node), found, rule.allowed, rule.remedy)
         for rule in RULES
@@ -43,21 +42,6 @@ def require_buildable(findings: tuple[Finding, ...], name: str) -> None:
             f"{name} cannot become a TensorRT engine: {first.node}: {first.found} ({first.rule}); allowed is "
             f"{first.allowed}; {first.remedy}{others}"
         )
-
-
-def _typed(model: ir.Model) -> ir.Model:
-    """A copy in which every value has a type and a shape, where ONNX can infer them."""
-    from onnx_ir.passes import common
-
-    typed = model.clone()
-    inference = logging.getLogger("onnx_ir")
-    level = inference.level
-    inference.setLevel(logging.ERROR)  # what cannot be inferred stays unknown, and the rules say nothing of it
-    try:
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(typed)
-    finally:
-        inference.setLevel(level)
-    return typed
 
 
 def _name(node: ir.Node | None) -> str:

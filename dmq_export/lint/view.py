@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 TRANSPARENT = frozenset({"Cast", "Identity"})  # the parser looks for a constant through these
@@ -51,8 +53,9 @@ class Quantizer:
     def type(self) -> ir.DataType:
         """Type of the codes; UINT8 for a QuantizeLinear that does not say, as ONNX has it."""
         if self.dequantizes:
+            before = self.codes_of()
             known = element_type(self.data) or (element_type(self.zero_point) if self.zero_point else None)
-            return known or ir.DataType.UNDEFINED
+            return known or (before.type if before is not None else ir.DataType.UNDEFINED)
         if self.zero_point is not None:
             return element_type(self.zero_point) or ir.DataType.UNDEFINED
         return ir.DataType(attribute(self.node, "output_dtype", 0) or ir.DataType.UINT8)
@@ -64,14 +67,13 @@ class Quantizer:
 
 
 class QdqGraph:
-    """All nodes of a model, subgraphs included, types and shapes inferred."""
+    """All nodes of a model, subgraphs included; what has no type or shape in the model has none here."""
 
     def __init__(self, model: ir.Model) -> None:
         self.nodes = [
             node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain in ("", "ai.onnx")
         ]
         self.opset = model.opset_imports.get("", 0)
-        self.outputs = frozenset(id(value) for value in model.graph.outputs)
 
     @cached_property
     def quantizers(self) -> list[Quantizer]:
@@ -83,12 +85,32 @@ class QdqGraph:
         """Convolutions and matrix products."""
         return [node for node in self.nodes if node.op_type in WEIGHTED]
 
+    def integer_operators(self) -> Iterator[ir.Node]:
+        """Convolutions and matrix products that are meant to run in integers: 8-bit data and 8-bit weights."""
+        for node in self.weighted:
+            pair = [dequantized(value) for value in node.inputs[:2]]
+            if all(each is not None and each.type == ir.DataType.INT8 for each in pair):
+                yield node
+
     def of_type(self, *op_types: str) -> Iterator[ir.Node]:
         return (node for node in self.nodes if node.op_type in op_types)
 
     def weights(self) -> Iterator[Quantizer]:
         """DequantizeLinear nodes of weights."""
         return (each for each in self.quantizers if each.dequantizes and each.of_weight)
+
+
+def with_types(model: ir.Model) -> ir.Model:
+    """A copy in which every value has a type and a shape, where ONNX can infer them."""
+    typed = model.clone()
+    inference = logging.getLogger("onnx_ir")
+    level = inference.level
+    inference.setLevel(logging.ERROR)  # what cannot be inferred stays unknown, and the rules say nothing of it
+    try:
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(typed)
+    finally:
+        inference.setLevel(level)
+    return typed
 
 
 def quantizer(node: ir.Node | None) -> Quantizer | None:

@@ -1,0 +1,80 @@
+"""``dmq-export inspect``: what a checkpoint, an ONNX file or a plan is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmq_export.errors import DmqError
+from dmq_export.inspection import CheckpointSummary, OnnxSummary, inspect_checkpoint, inspect_onnx
+from dmq_export.memory import in_words
+from dmq_export.table import table
+
+if TYPE_CHECKING:
+    from engines.plan import PlanFacts
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A TensorRT plan, as the file beside it describes it; ``intact``: whether its hash is the recorded one."""
+
+    path: Path
+    file_bytes: int
+    intact: bool
+    facts: PlanFacts
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {"kind": "plan", **asdict(self), "path": str(self.path)}
+
+    def text(self) -> str:
+        """Where it runs, what it takes, what it is made of."""
+        facts, machine = self.facts, self.facts.machine
+        shapes = [
+            (name, *("x".join(map(str, shape)) or "scalar" for shape in (each.minimum, each.optimum, each.maximum)))
+            for name, each in facts.shapes.items()
+        ]
+        layers = [(name, str(count)) for name, count in facts.layers.items()]
+        model = "a model of another tool" if facts.facts is None else f"{facts.facts['bits']} {facts.facts['model']}"
+        state = "as built" if self.intact else "CHANGED since it was built: it will be refused"
+        return "\n\n".join(
+            [
+                f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n"
+                f"built with TensorRT {machine.tensorrt} for {machine.gpu} (compute capability "
+                f"{machine.compute_capability}) on {machine.platform}\n"
+                f"version compatible: {_yes(facts.version_compatible)}, hardware compatible: "
+                f"{facts.hardware_compatible}, weights inside: {_yes(not facts.stripped)}",
+                table(("input", "smallest", "most frequent", "largest"), shapes),
+                table(("engine layers", "count"), layers, right=(1,)),
+                "from " + ", ".join(f"{name} ({digest[:12]})" for name, digest in facts.onnx_sha256.items()),
+            ]
+        )
+
+
+def inspect(path: Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
+    """Summarize a checkpoint folder, an ``.onnx`` file or a ``.plan``; nothing of a plan is executed.
+
+    Raises:
+        DmqError: it is none of these, or is damaged.
+    """
+    if path.is_dir():
+        return inspect_checkpoint(path)
+    if path.suffix == ".plan":
+        return _inspect_plan(path)
+    if path.suffix == ".onnx":
+        return inspect_onnx(path)
+    raise DmqError(f"{path} is nothing to inspect: give a checkpoint folder, an .onnx file or a .plan")
+
+
+def _inspect_plan(path: Path) -> PlanSummary:
+    from engines.plan import read_facts
+
+    facts = read_facts(path)
+    content = path.read_bytes()
+    return PlanSummary(path, len(content), hashlib.sha256(content).hexdigest() == facts.sha256, facts)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
