@@ -17,10 +17,10 @@ from dmq_export.errors import DmqError
 from dmq_export.table import table
 from engines.trt_log import node_names
 
-TYPES = (  # in the order in which they are looked for: "Int8" must not hide in "FP8"
-    ("int8", r"int8\b|\bi8\b"),
-    ("float16", r"fp16|half|float16\b|\bf16\b"),
+TYPES = (  # in the order in which they are looked for, because "float16" is in "bfloat16"
+    ("int8", r"(?<!u)int8\b|\bi8\b"),
     ("bfloat16", r"bf16|bfloat16"),
+    ("float16", r"fp16|half|float16|\bf16\b"),
     ("float32", r"fp32|float32|\bfloat\b|\bf32\b"),
     ("other", r""),
 )
@@ -85,12 +85,12 @@ def engine_layers(information: str, integer_nodes: Sequence[str]) -> EngineLayer
 
 def _layers(information: str) -> list[dict[str, Any]]:
     try:
-        layers = json.loads(information)["Layers"]
+        layers = list(json.loads(information)["Layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise DmqError("the engine inspector gave no JSON with layers") from error
     if not all(isinstance(layer, dict) and "Name" in layer for layer in layers):
         raise DmqError("the plan was built without details for the engine inspector (profiling verbosity)")
-    return list(layers)
+    return layers
 
 
 def _type(layer: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ def _below(name: str, layer: str) -> bool:
 
 def _failure(lines: Sequence[str], line: str, layers: Sequence[str], reason: str, remedy: str) -> Failure:
     node = _node(line) or next((found for found in map(_node, lines) if found), "")
-    named = layers_in(node, layers) or (tuple(node_names(node)[:1]) if node else ())
+    named = layers_in(node, layers) or layers_in(line, layers) or tuple(node_names(node)[:1])
     return Failure(named, reason, remedy.format(layer=named[0] if named else "NAME"), line)
 
 

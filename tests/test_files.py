@@ -11,6 +11,7 @@ from dmq_export.errors import DmqError
 from dmq_export.files import (
     _take_place,
     atomic_file,
+    atomic_files,
     atomic_folder,
     make_folder,
     read_json,
@@ -260,3 +261,74 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
         _take_place(tmp_path / "never written", path, tmp_path / "old")
     assert names(path) == ["precious"]
     assert names(tmp_path) == ["checkpoint"]
+
+
+def write_pair(path: Path, name: str | None, content: str) -> None:
+    with atomic_files(path, "model.data") as scratch:
+        scratch.write_text(content)
+        if name is not None:
+            scratch.with_name(name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_file_and_its_companion_change_together(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_pair(path, "model.data", "old")
+    assert contents(tmp_path) == {"model.onnx": "old", "model.data": "old"}
+    write_pair(path, "model.data", "new")
+    assert contents(tmp_path) == {"model.onnx": "new", "model.data": "new"}
+
+
+def test_a_companion_goes_with_the_file_it_belonged_to(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_pair(path, "model.data", "old")
+    write_pair(path, None, "new")
+    assert contents(tmp_path) == {"model.onnx": "new"}
+
+
+def test_a_file_without_a_companion_is_an_ordinary_one(tmp_path: Path) -> None:
+    write_pair(tmp_path / "model.onnx", "stray", "new")
+    assert contents(tmp_path) == {"model.onnx": "new"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_both_stay_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "model.onnx"
+    write_pair(path, "model.data", "old")
+    with pytest.raises(error):
+        fail_half_way(atomic_files(path, "model.data"), error, "")
+    assert contents(tmp_path) == {"model.onnx": "old", "model.data": "old"}
+
+
+@pytest.mark.parametrize("existed", [True, False])
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_both_stay_or_stay_away_when_a_move_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, existed: bool
+) -> None:
+    path = tmp_path / "model.onnx"
+    if existed:
+        write_pair(path, "model.data", "old")
+    before, moves, rename = contents(tmp_path), [], Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        moves.append(target)
+        if len(moves) == failing:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    if existed or failing <= 2:
+        with pytest.raises(OSError, match="no space left"):
+            write_pair(path, "model.data", "new")
+        assert contents(tmp_path) == before
+    else:
+        write_pair(path, "model.data", "new")
+
+
+def test_the_companion_must_be_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.data").mkdir()
+    with pytest.raises(DmqError, match=r"model\.data is a folder"):
+        write_pair(tmp_path / "model.onnx", "model.data", "new")

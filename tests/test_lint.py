@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner, Result
 from qdq import CHANNELS, GraphBuilder, conv_model, wide_model
 
+from dmq_export.cli import main
 from dmq_export.errors import CheckFailedError
 from dmq_export.lint import RULES, Finding, errors, findings_table, lint_model, require_buildable
 
@@ -336,3 +339,19 @@ def test_the_table_counts_like_findings_and_puts_errors_first() -> None:
 def test_the_document_lists_every_rule_as_it_is() -> None:
     for rule in RULES:
         assert f"| `{rule.name}` | {rule.severity} | {rule.allowed} |" in DOCUMENT
+
+
+def test_the_command_prints_the_findings_and_fails_on_errors(tmp_path: Path) -> None:
+    def run(model: ir.Model, *options: str) -> Result:
+        ir.save(model, tmp_path / "m.onnx")
+        return CliRunner().invoke(main, ["lint", str(tmp_path / "m.onnx"), *options])
+
+    good, warned, bad = (run(model) for model in (conv_model(), quantized(graph=np.float32), quantized(zero=3)))
+    assert [result.exit_code for result in (good, warned, bad)] == [0, 0, 1]
+    assert good.stdout == f"{tmp_path / 'm.onnx'}: 0 errors, 0 warnings\n"
+    assert warned.stdout.endswith("0 errors, 1 warnings\n")
+    assert "a zero point other than 0" in bad.stdout
+    report = json.loads(run(quantized(zero=3), "--json").stdout)
+    assert report["ok"] is False
+    assert report["findings"][0]["rule"] == "zero-point"
+    assert report["findings"][0]["layer"] == "layer0"

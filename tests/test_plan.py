@@ -1,0 +1,127 @@
+"""A plan is refused, before TensorRT sees it, unless it is what was built, for what is here."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmq_export.errors import DmqError
+from engines.plan import Machine, PlanFacts, facts_path, mismatch, read_facts, read_plan, save_plan
+from engines.shapes import ShapeRange
+
+CONTENT = b"a plan, as far as this module is concerned"
+MACHINE = Machine("10.16.1.11", "NVIDIA H200", "9.0", "Linux x86_64")
+FACTS = PlanFacts(
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    machine=MACHINE,
+    version_compatible=False,
+    hardware_compatible="none",
+    stripped=False,
+    onnx_sha256={"model.onnx": "ab" * 32},
+    shapes={"sample": ShapeRange((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 8, 8)), "timestep": ShapeRange((), (), ())},
+    settings={"optimization_level": 3, "workspace": None},
+    layers={"int8": 3, "reformat": 1},
+    facts={"bits": "w4a8", "model": "UNet2DModel"},
+    versions={"dmq-export": "0.1.0"},
+)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "model.plan"
+    save_plan(CONTENT, path, FACTS)
+    return path
+
+
+def test_what_is_saved_is_read(plan: Path) -> None:
+    assert read_facts(plan) == FACTS
+    assert read_plan(plan, MACHINE) == (CONTENT, FACTS)
+    assert sorted(path.name for path in plan.parent.iterdir()) == ["model.engine.json", "model.plan"]
+
+
+def test_the_file_beside_the_plan_is_plain_json(plan: Path) -> None:
+    content = json.loads(facts_path(plan).read_text())
+    assert content["schema"] == 1
+    assert content["machine"]["gpu"] == "NVIDIA H200"
+    assert content["shapes"]["sample"]["maximum"] == [4, 4, 8, 8]
+
+
+def test_a_changed_plan_is_refused(plan: Path) -> None:
+    plan.write_bytes(CONTENT[:-1] + b"!")
+    with pytest.raises(DmqError, match=r"model\.engine\.json records .*: it was changed or replaced; build the plan"):
+        read_plan(plan, MACHINE)
+
+
+def test_a_plan_for_another_machine_is_refused_with_the_reason(plan: Path) -> None:
+    with pytest.raises(DmqError, match=r"was built for NVIDIA H200, here is NVIDIA H100 .*: build the plan again"):
+        read_plan(plan, replace(MACHINE, gpu="NVIDIA H100"))
+
+
+def test_a_plan_without_its_file_is_refused(plan: Path) -> None:
+    facts_path(plan).unlink()
+    with pytest.raises(DmqError, match=r"has no model\.engine\.json beside it, so nothing vouches for it"):
+        read_plan(plan, MACHINE)
+    plan.unlink()
+    with pytest.raises(DmqError, match="is not a file: build a plan with dmq-export trt-build"):
+        read_plan(plan, MACHINE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": {"gpu": "x"}},
+        {"machine": {**vars(MACHINE), "gpu": 7}},
+        {"shapes": {"sample": [1]}},
+        {"hardware_compatible": "all"},
+        {"version_compatible": "yes"},
+        {"stripped": None},
+        {"sha256": None},
+        {"unknown": 1},
+    ],
+)
+def test_damaged_facts_are_refused(plan: Path, change: dict[str, object]) -> None:
+    path = facts_path(plan)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DmqError, match=r"model\.engine\.json is damaged .*: build the plan again"):
+        read_plan(plan, MACHINE)
+
+
+def test_another_schema_is_refused(plan: Path) -> None:
+    path = facts_path(plan)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
+    with pytest.raises(DmqError, match="is not of schema 1: build the plan again"):
+        read_plan(plan, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"platform": "Windows AMD64"}, "was built for Linux x86_64, this is Windows AMD64"),
+        ({}, {"tensorrt": "10.16.1.12"}, "was built with TensorRT 10.16.1.11, here is 10.16.1.12"),
+        ({"version_compatible": True}, {"tensorrt": "10.16.1.12"}, None),
+        ({"version_compatible": True}, {"tensorrt": "11.4.0.106"}, None),
+        ({"version_compatible": True}, {"tensorrt": "10.9.0.34"}, "newer than the 10.9.0.34 here"),
+        ({"version_compatible": True}, {"tensorrt": "10.13.3.9.post1"}, "newer than the 10.13.3.9.post1 here"),
+        (
+            {},
+            {"gpu": "NVIDIA L4", "compute_capability": "8.9"},
+            "was built for compute capability 9.0, NVIDIA L4 has 8.9",
+        ),
+        ({}, {"gpu": "NVIDIA H100"}, "was built for NVIDIA H200, here is NVIDIA H100"),
+        ({"hardware_compatible": "same-compute-capability"}, {"gpu": "NVIDIA H100"}, None),
+        ({"hardware_compatible": "same-compute-capability"}, {"compute_capability": "8.9"}, "compute capability 9.0"),
+        ({"hardware_compatible": "ampere-plus"}, {"gpu": "NVIDIA A10", "compute_capability": "8.6"}, None),
+        ({"hardware_compatible": "ampere-plus"}, {"gpu": "NVIDIA B300", "compute_capability": "10.3"}, None),
+        (
+            {"hardware_compatible": "ampere-plus"},
+            {"gpu": "T4", "compute_capability": "7.5"},
+            "needs compute capability 8.0",
+        ),
+    ],
+)
+def test_who_can_run_a_plan(changes: dict[str, object], here: dict[str, str], reason: str | None) -> None:
+    found = mismatch(replace(FACTS, **changes), replace(MACHINE, **here))
+    assert found is None if reason is None else found is not None and reason in found
