@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,10 +14,12 @@ from onnx_ir.passes import common
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.facts import FACTS, model_facts
-from dmq_export.files import atomic_file
+from dmq_export.files import atomic_files
 from dmq_export.layer import QuantizedLayer
 from dmq_export.portable import lower_portable
 from dmq_export.trace import trace_network
+
+LARGEST_FILE = 2**31 - 2**24  # bytes of weights: protobuf refuses messages of 2 GiB, and the graph needs some
 
 
 def onnx_model(checkpoint: Checkpoint) -> ir.Model:
@@ -35,14 +40,40 @@ def onnx_model(checkpoint: Checkpoint) -> ir.Model:
     return model
 
 
-def save_onnx(model: ir.Model, path: Path) -> None:
-    """Write the file whole or not at all.
+def save_onnx(model: ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> None:
+    """Write the file whole or not at all; of a model with more than ``largest`` bytes of weights two files or none.
+
+    The second is :func:`data_path`, which the first names relative to itself.
 
     Raises:
         DmqError: the folder cannot be written.
     """
-    with atomic_file(path) as scratch:
-        ir.save(model, scratch)
+    data = data_path(path).name
+    with atomic_files(path, data) as scratch:
+        ir.save(model, scratch, external_data=data if weight_bytes(model) > largest else None)
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a model lie that is too large for the file ``path`` alone."""
+    return path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def loadable(model: ir.Model, *, largest: int = LARGEST_FILE) -> Iterator[bytes | Path]:
+    """The model as a runtime takes it: from memory, or, where it is too large for that, from a file that goes away."""
+    if weight_bytes(model) <= largest:
+        yield serialized(model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(model, path, largest=largest)
+        yield path
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers as a file stores them."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def serialized(model: ir.Model) -> bytes:

@@ -20,7 +20,7 @@ from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.export import layer_bytes, onnx_model, save_onnx, serialized
+from dmq_export.export import data_path, layer_bytes, loadable, onnx_model, save_onnx, serialized, weight_bytes
 from dmq_export.facts import FACTS
 from dmq_export.progress import Progress
 from dmq_export.verify import rms_ratio
@@ -173,3 +173,52 @@ def test_a_graph_that_is_not_the_reference_is_not_written(tmp_path: Path) -> Non
         export_onnx(folder, output, Progress(show=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model.onnx", "source"]
     assert output.read_bytes() == b"older"
+
+
+def test_weights_too_large_for_one_file_lie_in_one_beside_it(
+    model: ir.Model, tiny_onnx: Path, session: OnnxSession, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.onnx"
+    save_onnx(model, path, largest=weight_bytes(model) - 1)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    assert data_path(path).stat().st_size + path.stat().st_size >= weight_bytes(model)
+    located = {
+        entry.value
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert located == {"large.onnx.data"}
+    onnx.checker.check_model(path, full_check=True)
+    rng = np.random.default_rng(0)
+    inputs = {
+        "sample": rng.standard_normal((2, 1, 8, 8), np.float32),
+        "timestep": np.float32(34),
+        "class_labels": np.array([0, 2]),
+    }
+    np.testing.assert_array_equal(OnnxSession(path).run(inputs)["out_sample"], session.run(inputs)["out_sample"])
+    assert serialized(model) == serialized(ir.load(tiny_onnx))  # the model in memory is what it was
+
+
+def test_a_model_that_became_small_leaves_no_data_behind(model: ir.Model, tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    save_onnx(model, path, largest=0)
+    save_onnx(model, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_bytes() == tiny_onnx.read_bytes()
+
+
+def test_a_large_model_is_loaded_from_a_file_that_goes_away(model: ir.Model) -> None:
+    with loadable(model) as small:
+        assert small == serialized(model)
+    with loadable(model, largest=0) as large:
+        assert isinstance(large, Path)
+        loaded = OnnxSession(large)
+    assert not large.exists()
+    assert loaded.output_names == ["out_sample"]
+
+
+def test_weight_bytes_are_those_a_file_stores(model: ir.Model, tiny_onnx: Path) -> None:
+    assert 0 < tiny_onnx.stat().st_size - weight_bytes(model) < tiny_onnx.stat().st_size / 2
+    raw = sum(len(tensor.raw_data) for tensor in onnx.load(tiny_onnx).graph.initializer)
+    assert weight_bytes(model) == raw

@@ -48,7 +48,7 @@ def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, ve
         DmqError: the checkpoint or the output path is bad.
         CheckFailedError: the graph differs from the reference; nothing is written then.
     """
-    from dmq_export.export import layer_bytes, onnx_model, save_onnx
+    from dmq_export.export import data_path, layer_bytes, onnx_model, save_onnx
 
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
@@ -59,7 +59,7 @@ def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, ve
     save_onnx(model, output)
     return Export(
         path=output,
-        file_bytes=output.stat().st_size,
+        file_bytes=sum(path.stat().st_size for path in (output, data_path(output)) if path.is_file()),
         quantized_bytes=layer_bytes(model, checkpoint.layers),
         float32_bytes=sum(_float32_bytes(layer) for layer in checkpoint.layers),
         verification=verification,

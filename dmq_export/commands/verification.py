@@ -69,14 +69,16 @@ def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verificati
 
     from calib.reference import load_reference
     from dmq_export.cut import cut_graph
-    from dmq_export.export import serialized
+    from dmq_export.export import loadable
     from engines.ort import OnnxSession
 
     reference = load_reference(checkpoint, torch.device("cpu"))
-    whole = OnnxSession(serialized(model))
+    with loadable(model) as loaded:
+        whole = OnnxSession(loaded)
     cut = model.clone()
     cut_graph(cut, [layer.spec.name for layer in checkpoint.layers])
-    pieces = OnnxSession(serialized(cut))
+    with loadable(cut) as loaded:
+        pieces = OnnxSession(loaded)
     checks: list[LayerCheck] = []
     drift: list[StepDrift] = []
     with progress.stage("verification", len(checkpoint.probe.timesteps), "step") as advance:
