@@ -26,10 +26,10 @@ class NodeBuilder:
     def constant(self, name: str, value: NDArray[Any]) -> ir.Value:
         """An initializer."""
         full = f"{self.prefix}/{name}"
-        tensor = ir.tensor(np.asarray(value, order="C"), name=full)
-        initializer = ir.Value(
-            name=full, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        shape, kind = ir.Shape(value.shape), ir.DataType.from_numpy(value.dtype)
+        # a view, such as a transposed weight, is copied when it is written: the copies of all would take as much again
+        tensor = ir.LazyTensor(lambda: ir.tensor(np.asarray(value, order="C")), dtype=kind, shape=shape, name=full)
+        initializer = ir.Value(name=full, shape=shape, type=ir.TensorType(kind), const_value=tensor)
         self.graph.register_initializer(initializer)
         return initializer
 

@@ -154,7 +154,7 @@ def _dequantized(builder: NodeBuilder, layer: QuantizedLayer, part: int, channel
     linear, four_bits = layer.spec.kind == "linear", layer.spec.bits.weight <= 4
     container = ml_dtypes.uint4 if four_bits else np.uint8
     matrix = layer.codes[:, channels].T if linear else layer.codes[:, channels]
-    codes = builder.constant(f"weight_codes{suffix}", matrix.astype(container))
+    codes = builder.constant(f"weight_codes{suffix}", matrix.view(container))  # a byte holds one code of either type
     zero_point = builder.constant(f"weight_zero_point{suffix}", layer.weight_zero_point[part].astype(container))
     scale = builder.constant(f"weight_scale{suffix}", layer.weight_scale[part])
     axis = {"axis": int(linear)}

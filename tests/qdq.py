@@ -61,7 +61,9 @@ class GraphBuilder:
     def model(self, *outputs: str) -> ir.Model:
         values = [helper.make_empty_tensor_value_info(name) for name in outputs]
         graph = helper.make_graph(self.nodes, "graph", self.inputs, values, self.initializers)
-        return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)]))
+        return ir.from_proto(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
+        )
 
 
 def conv_model(**changes: Any) -> ir.Model:
