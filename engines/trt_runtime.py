@@ -49,14 +49,15 @@ def captured_log() -> Iterator[list[str]]:
             lines.append(record.getMessage())
 
     logger, handler = logging.getLogger("Polygraphy"), Collect()
-    before = (logger.level, logger.propagate, G_LOGGER.use_python_logging_system)
+    before = (logger.level, logger.propagate, G_LOGGER.use_python_logging_system, G_LOGGER.colors)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(handler)
-    G_LOGGER.use_python_logging_system = True
+    G_LOGGER.use_python_logging_system, G_LOGGER.colors = True, False
     try:
         with G_LOGGER.verbosity(G_LOGGER.VERBOSE):
             yield lines
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate, G_LOGGER.use_python_logging_system = before
+        level, logger.propagate, G_LOGGER.use_python_logging_system, G_LOGGER.colors = before
+        logger.setLevel(level)

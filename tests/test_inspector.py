@@ -74,6 +74,12 @@ def test_a_dequantizer_of_its_own_does_not_make_its_product_an_integer_one() -> 
     assert found.not_integer == ("b/output",)
 
 
+def test_a_node_with_an_integer_kernel_is_as_meant_whatever_else_names_it() -> None:
+    prepared = layer("weights of b", "CaskConvolution", HALF, HALF, metadata="[ONNX Layer: b/output]")
+    found = engine_layers(as_ten([prepared, layer("b/output", "CaskConvolution", INT8, HALF)]), ("b/output",))
+    assert found.not_integer == ()
+
+
 def test_the_suffix_of_myelins_names_is_no_part_of_the_node() -> None:
     found = engine_layers(as_ten([layer("c/product_myl0_12", "gemm", INT8, HALF)]), ("c/product",))
     assert (found.not_integer, found.unseen) == ((), ())

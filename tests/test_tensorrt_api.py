@@ -67,6 +67,9 @@ def test_our_settings_reach_the_builder_through_polygraphy(bindings: Bindings, t
     assert (report["number of flags"], report["plain flags"]) == (3, 0)
     assert (report["level"], report["workspace"]) == (4, ["WORKSPACE", 2**30])
     assert report["verbosity"] == "DETAILED"
+    assert report["strongly typed"] is True
+    assert (report["plan"], report["cache"]) == ("plan", "timings")
+    assert "layer conv_in: a scale of 0 or below: leave it float: calibrate --float-layer conv_in" in report["refusal"]
     assert report["hardware levels"] == ["NONE", "SAME_COMPUTE_CAPABILITY", "AMPERE_PLUS"]
 
 

@@ -118,8 +118,8 @@ def _clip_bounds(graph: QdqGraph) -> Breaches:
             found = quantizer(reader)
             if found is None or found.dequantizes or found.scales is None or found.scales.size != 1:
                 continue
-            bounds = [constant(value) for value in node.inputs[1:3] if value is not None]
-            steps = [float(bound.item()) / float(found.scales.item()) for bound in bounds if bound is not None]
+            bounds = [bound for bound in map(constant, node.inputs[1:3]) if bound is not None and bound.size == 1]
+            steps = [float(bound.item()) / float(found.scales.item()) for bound in bounds if found.scales.any()]
             off = [step for step in steps if np.isfinite(step) and abs(step - round(step)) > BOUND_TOLERANCE]
             if off:
                 yield node, f"a bound of {off[0]:.3f} steps"

@@ -83,7 +83,7 @@ class QdqGraph:
     @cached_property
     def weighted(self) -> list[ir.Node]:
         """Convolutions and matrix products."""
-        return [node for node in self.nodes if node.op_type in WEIGHTED]
+        return [node for node in self.nodes if node.op_type in WEIGHTED and len(node.inputs) > 1]
 
     def integer_operators(self) -> Iterator[ir.Node]:
         """Convolutions and matrix products that are meant to run in integers: 8-bit data and 8-bit weights."""

@@ -31,7 +31,7 @@ def _scale_shapes(graph: QdqGraph) -> Breaches:
 def _axes(graph: QdqGraph) -> Breaches:
     for each in _per_channel(graph):
         ranks = shape(each.data)
-        if each.axis is None or ranks is None:
+        if each.axis is None or not ranks:
             continue
         for node, index in consumers(each.output):
             wanted = _output_axis(node, index, len(ranks))
