@@ -69,7 +69,15 @@ class Stream:
             work()
         finally:
             graph = checked(runtime.cudaStreamEndCapture(self.handle))
-        return checked(runtime.cudaGraphInstantiate(graph, 0))
+        executable = checked(runtime.cudaGraphInstantiate(graph, 0))
+        checked(runtime.cudaGraphDestroy(graph))
+        return executable
+
+    def forget(self, graph: Any) -> None:
+        """Give back what a recorded graph takes."""
+        from cuda.bindings import runtime
+
+        checked(runtime.cudaGraphExecDestroy(graph))
 
     def launch(self, graph: Any) -> None:
         """Run a recorded graph."""

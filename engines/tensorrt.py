@@ -79,6 +79,7 @@ class TensorRtDenoiser:
         """Give every tensor its memory, then record one evaluation."""
         import tensorrt as trt
 
+        self._shapes = {}
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise DmqError(f"the engine does not take input {name} of shape {list(shape)}")
@@ -92,6 +93,8 @@ class TensorRtDenoiser:
             self._context.set_tensor_address(name, self._buffers[name].address)
         self._enqueue()  # a change of shapes takes effect with the first run, which must not be recorded
         self._stream.synchronize()
+        if self._graph is not None:
+            self._stream.forget(self._graph)
         self._graph = self._stream.record(self._enqueue)
         self._shapes = shapes
 
@@ -113,6 +116,9 @@ def batches(arrays: Mapping[str, Array], sample: ShapeRange) -> Iterator[tuple[d
     """
     count = len(arrays["sample"])
     size = min(max(count, sample.minimum[0]), sample.maximum[0])
+    if size == count:
+        yield dict(arrays), count
+        return
     for start in range(0, count, size):
         rows = min(size, count - start)
         padded = max(rows, sample.minimum[0])

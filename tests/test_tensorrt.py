@@ -28,6 +28,13 @@ def test_every_row_runs_once_in_a_size_the_plan_takes(count: int, smallest: int,
     assert rows == list(range(count))
 
 
+def test_a_batch_that_fits_is_not_copied() -> None:
+    arrays = {"sample": np.zeros((4, 1)), "labels": np.arange(4)}
+    ((piece, count),) = batches(arrays, sample_range(1, 8))
+    assert count == 4
+    assert all(piece[name] is arrays[name] for name in arrays)
+
+
 def test_what_is_no_batch_stays_whole() -> None:
     arrays = {"sample": np.zeros((4, 1)), "positions": np.arange(6)}
     pieces = [piece for piece, _ in batches(arrays, sample_range(1, 2))]
