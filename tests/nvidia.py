@@ -97,14 +97,14 @@ def uses_of_nvidia(folder: Path) -> list[Path]:
     return found
 
 
-def unpack_bindings(requirement: str, folder: Path) -> Bindings:
-    """Download, unpack and describe one release; skips the test where that is not possible."""
+def unpack_bindings(requirement: str, cuda: str, folder: Path) -> Bindings:
+    """Download, unpack and describe one release of both bindings; skips the test where that is not possible."""
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the empty libraries")
     pytest.importorskip("polygraphy", reason="polygraphy is not installed")
     version = requirement.rpartition("=")[2]
     bindings = Bindings(version, folder / "modules", folder / "libraries", folder / "stubs")
-    for wheel in (requirement, "cuda-bindings", "cuda-pathfinder"):
+    for wheel in (requirement, cuda, "cuda-pathfinder"):
         _unpack(wheel, bindings.modules)
     (bindings.modules / "tensorrt").symlink_to("tensorrt_bindings")
     _write_libraries(bindings.libraries, version.partition(".")[0])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_a_plan_is_described_without_being_loaded(tmp_path: Path) -> None:
     plan.write_bytes(b"another")
     assert "CHANGED since it was built" in run(plan).stdout
     assert json.loads(run(plan, "--json").stdout)["intact"] is False
+
+
+def test_a_plan_of_another_tools_model_is_described(tmp_path: Path) -> None:
+    save_plan(CONTENT, tmp_path / "model.plan", replace(FACTS, facts=None, stripped=True, layers={}))
+    text = run(tmp_path / "model.plan").stdout
+    assert "of a model of another tool" in text
+    assert "weights inside: no" in text
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "onnx"])

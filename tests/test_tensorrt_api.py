@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from nvidia import ROOT, Bindings, unpack_bindings, uses_of_nvidia
 
-RELEASES = (
-    "tensorrt-cu12-bindings==10.9.0.34",
-    "tensorrt-cu13-bindings==10.16.1.11",
-    "tensorrt-cu13-bindings==11.4.0.106",
-)
+RELEASES = {  # TensorRT, and the CUDA that comes with it
+    "tensorrt-cu12-bindings==10.9.0.34": "cuda-bindings==12.8.0",
+    "tensorrt-cu13-bindings==10.16.1.11": "cuda-bindings==13.0.0",
+    "tensorrt-cu13-bindings==11.4.0.106": "cuda-bindings==13.5.0",
+}
 MISTAKES = [
     # file, what is there, what a slip makes of it, what the complaint must name
     ("trt_build.py", "strongly_typed=True", "strong_typed=True", "strong_typed"),
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=RELEASES)
 def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
-    return unpack_bindings(request.param, tmp_path_factory.mktemp("bindings"))
+    return unpack_bindings(request.param, RELEASES[request.param], tmp_path_factory.mktemp("bindings"))
 
 
 @pytest.fixture

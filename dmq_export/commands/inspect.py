@@ -37,7 +37,8 @@ class PlanSummary:
             for name, each in facts.shapes.items()
         ]
         layers = [(name, str(count)) for name, count in facts.layers.items()]
-        model = "a model of another tool" if facts.facts is None else f"{facts.facts['bits']} {facts.facts['model']}"
+        known = facts.facts
+        model = "a model of another tool" if known is None else f"{known.get('bits')} {known.get('model')}"
         state = "as built" if self.intact else "CHANGED since it was built: it will be refused"
         return "\n\n".join(
             [
