@@ -219,6 +219,5 @@ def test_a_large_model_is_loaded_from_a_file_that_goes_away(model: ir.Model) -> 
 
 
 def test_weight_bytes_are_those_a_file_stores(model: ir.Model, tiny_onnx: Path) -> None:
-    assert 0 < tiny_onnx.stat().st_size - weight_bytes(model) < tiny_onnx.stat().st_size / 2
     raw = sum(len(tensor.raw_data) for tensor in onnx.load(tiny_onnx).graph.initializer)
     assert weight_bytes(model) == raw
