@@ -94,6 +94,7 @@ def test_the_longest_layer_that_begins_a_name_is_meant() -> None:
     fused = "down_blocks.0.resnets.0.conv1/output + PWN(down_blocks.0.resnets.0/act, other)"
     assert layers_in(fused, LAYERS) == LAYERS[:2]
     assert layers_in("conv_output/x", LAYERS) == ()
+    assert layers_in("/m/a/b/Conv", ("/m/a", "/m/a/b")) == ("/m/a/b",)
 
 
 def test_fused_names_come_apart() -> None:
