@@ -403,6 +403,19 @@ def execute(run: Run) -> Outcome:
     return published(run) if run.who == "published" else ours(run)
 
 
+def name_of(run: Run) -> str:
+    """Says everything an outcome depends on."""
+    iterations = "" if run.who == "balanced" else f", {run.les} and {run.rounding} iterations"
+    return f"{run.bits} seed {run.seed} {run.who}, {run.samples} samples{iterations}"
+
+
+def read_known(path: Path | None) -> dict[str, Outcome]:
+    """Outcomes of an earlier run."""
+    if path is None or not path.is_file():
+        return {}
+    return {name: Outcome(**outcome) for name, outcome in json.loads(path.read_text()).items()}
+
+
 def show(bits: str, found: dict[str, list[Outcome]]) -> None:
     def spread(who: str, column: str, digits: int) -> str:
         values = [getattr(outcome, column) for outcome in found[who]]
@@ -424,22 +437,23 @@ def main() -> None:
     parser.add_argument("--les", type=int, default=300, help="iterations per layer")
     parser.add_argument("--round", type=int, default=500, help="iterations per block")
     parser.add_argument("--who", nargs="+", default=["published", "same", "balanced"])
-    parser.add_argument("--json", type=Path, help="also write every outcome there")
+    parser.add_argument("--json", type=Path, help="keep every outcome there; what is there is not run again")
     options = parser.parse_args()
-    every = []
+    known = read_known(options.json)
     with tempfile.TemporaryDirectory() as scratch:
         unconditional_model(Path(scratch))
         for bits in options.bits:
             found: dict[str, list[Outcome]] = {who: [] for who in options.who}
             for seed in range(options.seeds):
                 for run in runs(options, Path(scratch), bits, seed):
-                    with multiprocessing.get_context("spawn").Pool(1) as alone:
-                        outcome = alone.apply(execute, (run,))
-                    found[run.who].append(outcome)
-                    every.append(asdict(run) | asdict(outcome))
-                    print(f"{run.bits} seed {seed} {run.who}: {outcome}", file=sys.stderr, flush=True)
+                    if name_of(run) not in known:
+                        with multiprocessing.get_context("spawn").Pool(1) as alone:
+                            known[name_of(run)] = alone.apply(execute, (run,))
+                        print(f"{name_of(run)}: {known[name_of(run)]}", file=sys.stderr, flush=True)
+                    found[run.who].append(known[name_of(run)])
                     if options.json:
-                        options.json.write_text(json.dumps(every, indent=1))
+                        content = {name: asdict(outcome) for name, outcome in known.items()}
+                        options.json.write_text(json.dumps(content, indent=1))
             show(bits, found)
 
 
