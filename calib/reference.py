@@ -15,7 +15,7 @@ from calib.rounding import dequantized_weight
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.layer import QuantizedLayer
 from dmq_export.network import build_network, replace_modules
-from dmq_export.verify import LayerValues
+from dmq_export.form import LayerValues
 
 
 class StepIndex:

@@ -15,6 +15,7 @@ from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 from dmq_export.memory import parse_size
 from dmq_export.schedulers import SCHEDULERS
+from dmq_export.target import Target
 
 FOLDER = click.Path(path_type=Path)
 Command = Callable[..., Any]
@@ -168,14 +169,15 @@ def calibrate(
 @main.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="ONNX file to write.")
+@click.option("--target", type=choice(Target), default="portable", help="The runtime whose kernels the graph is for.")
 @click.option("--verify/--no-verify", default=True, help="Prove the file equal to the PyTorch reference.")
 @json_option
-def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
+def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, target: Target) -> None:
     """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
     from dmq_export.commands.onnx import export_onnx
     from dmq_export.progress import Progress
 
-    export = export_onnx(checkpoint, output, Progress(), verify=verify)
+    export = export_onnx(checkpoint, output, Progress(), target=target, verify=verify)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
 
 

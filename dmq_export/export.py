@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,13 +14,25 @@ from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_file
+from dmq_export.form import LayerForm
+from dmq_export.integer import lower_integer
 from dmq_export.layer import QuantizedLayer
+from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
+from dmq_export.target import Target
 from dmq_export.trace import trace_network
 
 
-def onnx_model(checkpoint: Checkpoint) -> ir.Model:
-    """The portable graph of ``checkpoint``, in memory.
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A graph and what was made of each quantized layer in it."""
+
+    model: ir.Model
+    forms: Mapping[str, LayerForm]
+
+
+def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> ExportedGraph:
+    """The graph of ``checkpoint`` for ``target``, in memory.
 
     Raises:
         ExportError: the model cannot be traced, or a layer cannot be lowered.
@@ -26,13 +40,14 @@ def onnx_model(checkpoint: Checkpoint) -> ir.Model:
     model = trace_network(checkpoint)
     # the exporter leaves stack traces (this machine's paths) on every node
     common.ClearMetadataAndDocStringPass()(model)
-    lower_portable(model, checkpoint.layers, checkpoint.timesteps)
+    lower_layer = lower_portable if target == "portable" else lower_integer(target)
+    forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_layer)
     common.RemoveUnusedNodesPass()(model)
     common.CheckerPass()(model)
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
-    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, "portable"))
-    return model
+    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target))
+    return ExportedGraph(model, forms)
 
 
 def save_onnx(model: ir.Model, path: Path) -> None:

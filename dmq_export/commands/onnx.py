@@ -12,6 +12,7 @@ from dmq_export.files import require_file
 from dmq_export.layer import QuantizedLayer
 from dmq_export.progress import Progress
 from dmq_export.table import table
+from dmq_export.target import Target
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,26 @@ class Export:
         return "\n".join(lines)
 
 
-def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, verify: bool = True) -> Export:
-    """Export the checkpoint to the portable graph and prove it equal to the PyTorch reference.
+def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, target: Target = "portable", verify: bool = True) -> Export:
+    """Export the checkpoint for ``target`` and prove the graph equal to the PyTorch reference.
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
         CheckFailedError: the graph differs from the reference; nothing is written then.
     """
-    from dmq_export.export import layer_bytes, onnx_model, save_onnx
+    from dmq_export.export import export_graph, layer_bytes, save_onnx
 
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
     with progress.stage("ONNX", 1, "graph") as advance:
-        model = onnx_model(checkpoint)
+        graph = export_graph(checkpoint, target)
         advance(1)
-    verification = verify_graph(model, checkpoint, progress) if verify else None
-    save_onnx(model, output)
+    verification = verify_graph(graph, checkpoint, progress) if verify else None
+    save_onnx(graph.model, output)
     return Export(
         path=output,
         file_bytes=output.stat().st_size,
-        quantized_bytes=layer_bytes(model, checkpoint.layers),
+        quantized_bytes=layer_bytes(graph.model, checkpoint.layers),
         float32_bytes=sum(_float32_bytes(layer) for layer in checkpoint.layers),
         verification=verification,
     )

@@ -7,6 +7,7 @@ would change it, or, where that happens to flip no code at all, as far as quanti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import CheckFailedError
+from dmq_export.form import LayerForm
 from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, LayerCheck, check_layer, relative_error, require_equal, rms_ratio
 
 if TYPE_CHECKING:
     from calib.reference import ReferenceModel
+    from dmq_export.export import ExportedGraph
     from engines.ort import OnnxSession
 
 PERTURBATION = 1e-6  # relative, of every layer's input
@@ -59,8 +62,8 @@ class Verification:
         return max(max(check.input_error, check.output_error) for check in self.checks)
 
 
-def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verification:
-    """Prove ``model`` (an ``onnx_ir`` model) equal to the reference on the checkpoint's probe.
+def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> Verification:
+    """Prove ``graph`` equal to the reference on the checkpoint's probe.
 
     Raises:
         CheckFailedError: it is not; the message names the first layer that differs.
@@ -73,15 +76,15 @@ def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verificati
     from engines.ort import OnnxSession
 
     reference = load_reference(checkpoint, torch.device("cpu"))
-    whole = OnnxSession(serialized(model))
-    cut = model.clone()
-    cut_graph(cut, [layer.spec.name for layer in checkpoint.layers])
+    whole = OnnxSession(serialized(graph.model))
+    cut = graph.model.clone()
+    cut_graph(cut, graph.forms)
     pieces = OnnxSession(serialized(cut))
     checks: list[LayerCheck] = []
     drift: list[StepDrift] = []
     with progress.stage("verification", len(checkpoint.probe.timesteps), "step") as advance:
         for step in range(len(checkpoint.probe.timesteps)):
-            checks += _check_layers(checkpoint, step, reference, pieces)
+            checks += _check_layers(checkpoint, step, reference, pieces, graph.forms)
             require_equal(checks)
             drift.append(_drift(checkpoint, step, reference, whole))
             advance(1)
@@ -90,7 +93,7 @@ def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verificati
 
 
 def _check_layers(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, pieces: OnnxSession
+    checkpoint: Checkpoint, step: int, reference: ReferenceModel, pieces: OnnxSession, forms: Mapping[str, LayerForm]
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.reference import record_layers
@@ -98,12 +101,11 @@ def _check_layers(
     from dmq_export.trace import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
-    outputs = pieces.run({**_arrays(checkpoint, step), **cut_inputs(values)})
-    graph = cut_outputs(outputs, list(values))
-    checks = [
-        check_layer(layer, reference.index.row, values[layer.spec.name], graph[layer.spec.name])
-        for layer in checkpoint.layers
-    ]
+    row = reference.index.row
+    outputs = pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
+    said = cut_outputs(forms, outputs, row)
+    names = [(layer, layer.spec.name) for layer in checkpoint.layers]
+    checks = [check_layer(layer, forms[name], row, values[name], said[name]) for layer, name in names]
     last = relative_error(prediction.numpy(), outputs[OUTPUT])
     return [*checks, LayerCheck("(network output)", 0, 0, last, 0.0)]
 

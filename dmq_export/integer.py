@@ -1,0 +1,179 @@
+"""The graphs that integer kernels execute: int8 carriers, one constant scale per quantizer (TensorRT, OpenVINO).
+
+A layer becomes, without what does not apply to it::
+
+    x - Mul(factor) - Pad - Add(shift) | Clip - QuantizeLinear(s, z) - DequantizeLinear(s, z) ---- Conv / MatMul - Mul(gain) - Add(bias)
+                                                  W (INT8) - DequantizeLinear(s_w * 2^-K) ---/
+
+``Mul(factor)`` is there where the LES and PTS factors could not be folded, or a table has a row per step; ``Pad`` and
+``Add(shift)`` where 8-bit codes are asymmetric and the kernel's zero point is fixed; ``Clip`` where the codes take
+fewer than 8 bits; ``Mul(gain)`` and an ``Add(bias)`` of their own where a table has a row per step. The parts of a
+split layer are quantized apart and their products added. See ``docs/lowerings.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dmq_export.builder import NodeBuilder, conv_attributes
+from dmq_export.carrier import Carrier, part_carrier
+from dmq_export.encoding import Encoding, part_encoding
+from dmq_export.form import LayerForm
+from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.lowering import CODES, OUTPUT, LowerLayer, channel_axis
+from dmq_export.target import Target
+
+
+def lower_integer(target: Target) -> LowerLayer:
+    """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`."""
+
+    def lower_layer(
+        builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, row: ir.Value | None
+    ) -> tuple[ir.Value, LayerForm]:
+        parts = range(len(layer.spec.parts))
+        carriers = [part_carrier(layer, part) for part in parts]
+        encodings = [part_encoding(layer, part, target) for part in parts]
+        form = _form(layer, encodings)
+        steps = _Steps(builder, row)
+        inputs = _part_inputs(builder, layer.spec, x)
+        products = [
+            _product(steps, form, *part) for part in zip(form.suffixes, inputs, encodings, carriers, strict=True)
+        ]
+        return _sum(steps, layer, products, _bias(layer, encodings, carriers)), form
+
+    return lower_layer
+
+
+class _Steps:
+    """Constants, and tables with a row per step, as values of the graph."""
+
+    def __init__(self, builder: NodeBuilder, row: ir.Value | None) -> None:
+        self.builder = builder
+        self.row = row
+
+    def value(self, name: str, table: NDArray[Any]) -> ir.Value:
+        """``table [T, ...]`` as its current row, a constant where there is one row."""
+        if len(table) == 1 or self.row is None:
+            return self.builder.constant(name, table[0])
+        rows = self.builder.constant(f"{name}_table", table)
+        return self.builder.op("Gather", [rows, self.row], {"axis": 0}, name=name)
+
+
+def _form(layer: QuantizedLayer, encodings: list[Encoding]) -> LayerForm:
+    spec = layer.spec
+    rows = len(layer.scale)
+    shift = np.stack([np.broadcast_to(part.shift, rows) for part in encodings], axis=1)
+    return LayerForm(
+        spec=spec,
+        suffixes=("",) if len(encodings) == 1 else tuple(f"_{part}" for part in range(len(encodings))),
+        container=encodings[0].container,
+        zero_point=layer.zero_point.astype(np.int32),
+        offset=np.stack([np.broadcast_to(part.offset, rows) for part in encodings], axis=1),
+        shift=shift,
+        padding=spec.padding if shift.any() and any(spec.padding) else (),
+    )
+
+
+def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.Value]:
+    """What each part reads: where ``x`` was concatenated from just these, the pieces themselves."""
+    if len(spec.parts) == 1:
+        return [x]
+    axis = channel_axis(spec, x)
+    producer = x.producer()
+    if producer is not None and producer.op_type == "Concat":
+        pieces = [piece for piece in producer.inputs if piece is not None and piece.shape is not None]
+        sizes = [piece.shape[axis] for piece in pieces if piece.shape is not None]
+        if producer.attributes["axis"].as_int() % len(pieces[0].shape or ()) == axis and sizes == list(spec.parts):
+            return pieces
+    axes = builder.constant("channel_axis", np.array([axis], np.int64))
+    slices = []
+    for part, channels in enumerate(spec.part_slices()):
+        ends = [
+            builder.constant(f"{name}_{part}", np.array([end], np.int64))
+            for name, end in (("first_channel", channels.start), ("end_channel", channels.stop))
+        ]
+        slices.append(builder.op("Slice", [x, *ends, axes], name=f"part_{part}"))
+    return slices
+
+
+def _product(
+    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, carrier: Carrier
+) -> ir.Value:
+    """One part's operator on its rounded input, in the units of the layer's output, without bias."""
+    builder, spec = steps.builder, form.spec
+    rounded = _rounded(steps, form, suffix, x, encoding)
+    linear = spec.kind == "linear"
+    codes = builder.constant(f"weight_codes{suffix}", carrier.codes.T if linear else carrier.codes)
+    scale = builder.constant(f"weight_scale{suffix}", carrier.scale)
+    weight = builder.op("DequantizeLinear", [codes, scale], {"axis": int(linear)}, name=f"weight{suffix}")
+    if linear:
+        product = builder.op("MatMul", [rounded, weight], name=f"product{suffix}")
+    else:
+        padding = (0,) * len(spec.padding) if form.padding else spec.padding
+        product = builder.op("Conv", [rounded, weight], conv_attributes(spec, padding), name=f"product{suffix}")
+    if (encoding.gain == 1).all():
+        return product
+    return builder.op("Mul", [product, steps.value(f"gain{suffix}", encoding.gain)], name=f"gained{suffix}")
+
+
+def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:
+    """``x / tau * 2^k`` rounded to the part's codes and back, in steps of the constant scale."""
+    builder, scale = steps.builder, encoding.scale
+    if (encoding.factor != 1).any():
+        factor = steps.value(f"factor{suffix}", _over_channels(form.spec, encoding.factor))
+        x = builder.op("Mul", [x, factor], name=f"scaled{suffix}")
+    if form.padding:
+        sides = (0, 0, *form.padding)
+        pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
+        x = builder.op("Pad", [x, pads], name=f"padded{suffix}")
+    if encoding.shift.any():
+        x = builder.op("Add", [x, steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))], name=f"shifted{suffix}")
+    if encoding.bounds is not None:
+        ends = [
+            steps.value(f"{name}{suffix}", (encoding.bounds[:, side] * scale).astype(np.float32))
+            for side, name in enumerate(("lowest", "highest"))
+        ]
+        x = builder.op("Clip", [x, *ends], name=f"clipped{suffix}")
+    qparams = [
+        builder.constant(f"scale{suffix}", np.asarray(scale)),
+        builder.constant(f"zero_point{suffix}", np.array(encoding.zero_point, encoding.container)),
+    ]
+    codes = builder.op("QuantizeLinear", [x, *qparams], name=f"{CODES}{suffix}")
+    return builder.op("DequantizeLinear", [codes, *qparams], name=f"rounded_input{suffix}")
+
+
+def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:
+    """``[T, C]`` so that a row broadcasts over the channels of the input or output; ``[T, 1]`` to ``[T]``."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows.reshape(*rows.shape, *[1] * len(spec.kernel))
+
+
+def _bias(layer: QuantizedLayer, encodings: list[Encoding], carriers: list[Carrier]) -> NDArray[np.float32] | None:
+    """``b - sum_p s_t * shift_t * sum(w)``, ``[T, O]``; None where that is nothing."""
+    bias = np.zeros((1, layer.spec.out_channels)) if layer.bias is None else layer.bias[None].astype(np.float64)
+    for encoding, carrier in zip(encodings, carriers, strict=True):
+        steps = encoding.step_scale.astype(np.float64) * encoding.shift
+        bias = bias - steps[:, None] * carrier.sums()
+    return bias.astype(np.float32) if bias.any() or layer.bias is not None else None
+
+
+def _sum(
+    steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None
+) -> ir.Value:
+    """The parts' products and the bias, the last node called ``<layer>/output``."""
+    builder, total = steps.builder, products[-1]
+    producer = total.producer()
+    if bias is not None and len(bias) == 1 and producer is not None and producer.op_type == "Conv":
+        conv_bias = builder.constant("bias", bias[0])
+        producer.resize_inputs(3)
+        producer.replace_input_with(2, conv_bias)
+        bias = None
+    for product in products[:-1]:
+        total = builder.op("Add", [product, total], name="sum")
+    if bias is not None:
+        added = steps.value("bias", _over_channels(layer.spec, bias))
+        total = builder.op("Add", [total, added], name="biased")
+    return builder.renamed(total, OUTPUT)
