@@ -14,8 +14,9 @@ from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_file
+from dmq_export.fold import fold_factors
 from dmq_export.form import LayerForm
-from dmq_export.integer import lower_integer
+from dmq_export.integer import SCALED, lower_integer
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
@@ -30,6 +31,11 @@ class ExportedGraph:
     model: ir.Model
     forms: Mapping[str, LayerForm]
 
+    @property
+    def scaled(self) -> dict[str, str]:
+        """Why, by layer, a ``Mul`` is left before its quantizer; empty for the portable graph, which has none."""
+        return {name: form.scaled for name, form in self.forms.items() if form.scaled}
+
 
 def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> ExportedGraph:
     """The graph of ``checkpoint`` for ``target``, in memory.
@@ -40,14 +46,32 @@ def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> Exporte
     model = trace_network(checkpoint)
     # the exporter leaves stack traces (this machine's paths) on every node
     common.ClearMetadataAndDocStringPass()(model)
-    lower_layer = lower_portable if target == "portable" else lower_integer(target)
-    forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_layer)
+    if target == "portable":
+        forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
+    else:
+        forms = _lower_folded(model, checkpoint, target)
     common.RemoveUnusedNodesPass()(model)
     common.CheckerPass()(model)
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
     model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target))
     return ExportedGraph(model, forms)
+
+
+def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:
+    folding = fold_factors(model, checkpoint.layers)
+    forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target))
+    folded = {}
+    for name, form in forms.items():
+        reason = folding.stays.get(name, "its scale changes from step to step")
+        factors = (folding.input_factor.get(name), folding.output_factor.get(name))
+        folded[name] = form.folded(*factors, reason if _has_mul(model, form) else "")
+    return folded
+
+
+def _has_mul(model: ir.Model, form: LayerForm) -> bool:
+    names = {f"{form.spec.name}/{SCALED}{suffix}" for suffix in form.suffixes}
+    return any(node.name in names for node in model.graph)
 
 
 def save_onnx(model: ir.Model, path: Path) -> None:

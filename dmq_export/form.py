@@ -43,6 +43,7 @@ class LayerForm:
         padding: what the quantizer adds on every side of its input, one number per spatial axis, or none.
         input_factor: ``[C]``; the graph computes the layer's input times this. None: times one.
         output_factor: ``[O]``, likewise of its output.
+        scaled: why the layer has a Mul before its quantizer; empty where it has none.
     """
 
     spec: LayerSpec
@@ -54,6 +55,7 @@ class LayerForm:
     padding: tuple[int, ...] = ()
     input_factor: Float | None = None
     output_factor: Float | None = None
+    scaled: str = ""
 
     def expected(self, reference: LayerValues, row: int) -> LayerValues:
         """What the graph must say, in the reference's codes, where the reference says ``reference``."""
@@ -93,9 +95,9 @@ class LayerForm:
         """The current shift, ``[C]``."""
         return self._channels(self.shift, row)
 
-    def folded(self, input_factor: Float | None, output_factor: Float | None) -> LayerForm:
+    def folded(self, input_factor: Float | None, output_factor: Float | None, scaled: str) -> LayerForm:
         """The form of the same layer with factors moved out of it and into it."""
-        return replace(self, input_factor=input_factor, output_factor=output_factor)
+        return replace(self, input_factor=input_factor, output_factor=output_factor, scaled=scaled)
 
     def _channels(self, table: NDArray[np.int32], row: int) -> NDArray[np.int32]:
         return np.repeat(table[min(row, len(table) - 1)], self.spec.parts)

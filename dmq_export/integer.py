@@ -27,6 +27,8 @@ from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.lowering import CODES, OUTPUT, LowerLayer, channel_axis
 from dmq_export.target import Target
 
+SCALED = "scaled"  # what the Mul before a quantizer is called
+
 
 def lower_integer(target: Target) -> LowerLayer:
     """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`."""
@@ -125,7 +127,7 @@ def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding:
     builder, scale = steps.builder, encoding.scale
     if (encoding.factor != 1).any():
         factor = steps.value(f"factor{suffix}", _over_channels(form.spec, encoding.factor))
-        x = builder.op("Mul", [x, factor], name=f"scaled{suffix}")
+        x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
     if form.padding:
         sides = (0, 0, *form.padding)
         pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
