@@ -12,6 +12,8 @@ import pytest
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
 from dmq_export.errors import CheckFailedError
+from dmq_export.export import ExportedGraph
+from dmq_export.form import plain_form
 from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, LayerCheck
 
@@ -26,7 +28,8 @@ def model(tiny_onnx: Path) -> ir.Model:
 
 
 def run(model: ir.Model, checkpoint: Checkpoint) -> Verification:
-    return verify(model, checkpoint, Progress(show=False))
+    forms = {layer.spec.name: plain_form(layer) for layer in checkpoint.layers}
+    return verify(ExportedGraph(model, forms), checkpoint, Progress(show=False))
 
 
 def change(model: ir.Model, name: str, edit: Callable[[np.ndarray], None]) -> None:
