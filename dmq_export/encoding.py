@@ -52,14 +52,13 @@ def part_encoding(layer: QuantizedLayer, part: int, target: Target) -> Encoding:
     """The coding of ``layer``'s ``part`` for TensorRT (int8, zero point 0) or OpenVINO (uint8, any zero point)."""
     bits = layer.spec.bits.activation
     zero_point = layer.zero_point[:, part].astype(np.int32)
-    middle = np.full_like(zero_point, 128)
-    lowest, constant = (-128, 0) if target == "tensorrt" else (0, 128)
-    if target == "openvino" and (zero_point == zero_point[0]).all():
-        constant, offset = int(zero_point[0]), np.zeros_like(zero_point)
-    elif bits < 8:
-        offset = zero_point - constant
+    signed = target == "tensorrt"
+    lowest, constant = (-128, 0) if signed else (0, int(np.median(zero_point)))
+    if bits == 8 or (not signed and (zero_point == constant).all()):
+        offset = np.full_like(zero_point, 128 if signed else 0)
     else:
-        offset = middle - constant
+        constant = 0 if signed else 128
+        offset = zero_point - constant
     shift = zero_point - offset - constant
     scales = layer.scale[:, part].astype(np.float64)
     scale = np.float32(scales.max())

@@ -98,7 +98,11 @@ def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.
             builder.constant(f"{name}_{part}", np.array([end], np.int64))
             for name, end in (("first_channel", channels.start), ("end_channel", channels.stop))
         ]
-        slices.append(builder.op("Slice", [x, *ends, axes], name=f"part_{part}"))
+        piece = builder.op("Slice", [x, *ends, axes], name=f"part_{part}")
+        sizes = list(x.shape or ())
+        sizes[axis] = spec.parts[part]
+        piece.shape, piece.type = ir.Shape(sizes), x.type
+        slices.append(piece)
     return slices
 
 
