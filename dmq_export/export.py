@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.clean import clean_graph
 from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_file
 from dmq_export.fold import fold_factors
@@ -44,8 +45,7 @@ def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> Exporte
         ExportError: the model cannot be traced, or a layer cannot be lowered.
     """
     model = trace_network(checkpoint)
-    # the exporter leaves stack traces (this machine's paths) on every node
-    common.ClearMetadataAndDocStringPass()(model)
+    clean_graph(model)
     if target == "portable":
         forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
     else:
