@@ -40,7 +40,9 @@ Run = Callable[[], object]
 def checkpoint_of(folder: Path, scales: Scales) -> Checkpoint:
     """A checkpoint at 32x32 by the quickest recipe."""
     source = load_model(folder, torch.device("cpu"))
-    recipe = Recipe(bits=Bits(4, 8), samples=1, steps=10, check_samples=1, les_iterations=0, rounding="nearest", scales=scales)
+    recipe = Recipe(
+        bits=Bits(4, 8), samples=1, steps=10, check_samples=1, les_iterations=0, rounding="nearest", scales=scales
+    )
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     return calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
 

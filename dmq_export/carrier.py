@@ -46,7 +46,9 @@ def part_carrier(layer: QuantizedLayer, part: int) -> Carrier:
     _require_int8(spec, int(lift.max()))
     columns = channels if len(spec.parts) > 1 else slice(None)
     broadcast = (-1, *[1] * (layer.codes.ndim - 1))
-    centred = layer.codes[:, columns].astype(np.int16) - layer.weight_zero_point[part].astype(np.int16).reshape(broadcast)
+    centred = layer.codes[:, columns].astype(np.int16) - layer.weight_zero_point[part].astype(np.int16).reshape(
+        broadcast
+    )
     codes = (centred * _columns(spec, np.left_shift(1, lift.astype(np.int16)), centred.ndim)).astype(np.int8)
     scale = np.ldexp(layer.weight_scale[part], -int(layer.shift[channels].max())).astype(np.float32)
     dead = ~codes.reshape(len(codes), -1).any(1)

@@ -12,7 +12,15 @@ from dmq_export.form import LayerForm, LayerValues, PartValues
 from dmq_export.lowering import CODES, OUTPUT
 
 Forms = Mapping[str, LayerForm]
-QUANTIZER = {"Mul", "Pad", "Add", "Clip", "QuantizeLinear"}  # what lies between a layer's input and its codes
+QUANTIZER = {
+    "Mul",
+    "Pad",
+    "Add",
+    "Clip",
+    "Max",
+    "Min",
+    "QuantizeLinear",
+}  # what lies between a layer's input and its codes
 
 
 def cut_graph(model: ir.Model, forms: Forms) -> None:
@@ -59,8 +67,7 @@ def cut_outputs(forms: Forms, outputs: Mapping[str, NDArray[Any]], row: int) -> 
     said = {}
     for name, form in forms.items():
         parts = [
-            PartValues(outputs[f"{name}/input{suffix}"], outputs[f"{name}/{CODES}{suffix}"])
-            for suffix in form.suffixes
+            PartValues(outputs[f"{name}/input{suffix}"], outputs[f"{name}/{CODES}{suffix}"]) for suffix in form.suffixes
         ]
         said[name] = form.seen(parts, outputs[f"{name}/{OUTPUT}"], row)
     return said

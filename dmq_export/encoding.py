@@ -2,7 +2,7 @@
 
 The portable graph has a scale per channel and a table row per step; a kernel has neither. With ``s = max_t s_t``::
 
-    v    = clip(x * s / (tau_c * 2^-k_c * s_t) + shift_t * s)        one Mul, then at most one Add or one Clip
+    v    = clip(x * (2^k_c / tau_c) * (s / s_t) + shift_t * s)       at most two Mul, then an Add or a Clip
     code = round(v / s) + zero_point                                 QuantizeLinear, constant
     y    = s_t / s * op(s * (code - zero_point), w) - s_t * shift_t * sum(w)
 
@@ -29,7 +29,8 @@ class Encoding:
         container: what the codes are stored in.
         scale: ``s``.
         zero_point: of QuantizeLinear and DequantizeLinear.
-        factor: ``s / (tau * 2^-k * s_t)``, ``[T, C_p]``, or ``[T, 1]`` where the channels agree.
+        factor: ``2^k / tau``, ``[C_p]``, or ``[1]`` where the channels agree.
+        ratio: ``s / s_t``, ``[T]``.
         shift: added to the rounded value, in steps, ``[T]``.
         offset: ``q_x - code``, ``[T]``.
         bounds: smallest and largest ``code - zero_point`` by step, ``[T, 2]``, where the container holds more.
@@ -41,6 +42,7 @@ class Encoding:
     scale: np.float32
     zero_point: int
     factor: Float
+    ratio: Float
     shift: Codes
     offset: Codes
     bounds: Codes | None
@@ -68,7 +70,8 @@ def part_encoding(layer: QuantizedLayer, part: int, target: Target) -> Encoding:
         container=np.int8 if target == "tensorrt" else np.uint8,
         scale=scale,
         zero_point=constant,
-        factor=_factor(layer, part, scale / scales),
+        factor=_factor(layer, part),
+        ratio=_collapsed((scale / scales).astype(np.float32)),
         shift=_collapsed(shift),
         offset=_collapsed(offset),
         bounds=None if whole else _collapsed(bounds - constant),
@@ -77,13 +80,10 @@ def part_encoding(layer: QuantizedLayer, part: int, target: Target) -> Encoding:
     )
 
 
-def _factor(layer: QuantizedLayer, part: int, ratio: NDArray[np.float64]) -> Float:
+def _factor(layer: QuantizedLayer, part: int) -> Float:
     channels = layer.spec.part_slices()[part]
     inverse = np.ldexp(1 / layer.tau[channels].astype(np.float64), layer.shift[channels].astype(np.int32))
-    if (inverse == inverse[0]).all():
-        inverse = inverse[:1]
-    factor: Float = _collapsed((ratio[:, None] * inverse).astype(np.float32))
-    return factor
+    return _collapsed(inverse.astype(np.float32))
 
 
 def _collapsed(rows: NDArray[np.generic]) -> NDArray:  # type: ignore[type-arg]

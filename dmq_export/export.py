@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,10 +17,11 @@ from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_file
 from dmq_export.fold import fold_factors
 from dmq_export.form import LayerForm
-from dmq_export.integer import SCALED, lower_integer
+from dmq_export.integer import lower_integer
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
+from dmq_export.steps import STEP
 from dmq_export.target import Target
 from dmq_export.trace import trace_network
 
@@ -34,7 +35,7 @@ class ExportedGraph:
 
     @property
     def scaled(self) -> dict[str, str]:
-        """Why, by layer, a ``Mul`` is left before its quantizer; empty for the portable graph, which has none."""
+        """Why, by layer, the LES and PTS factors stay a ``Mul`` before the quantizer; the portable graph has none."""
         return {name: form.scaled for name, form in self.forms.items() if form.scaled}
 
 
@@ -61,17 +62,15 @@ def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> Exporte
 def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:
     folding = fold_factors(model, checkpoint.layers)
     forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target))
-    folded = {}
-    for name, form in forms.items():
-        reason = folding.stays.get(name, "its scale changes from step to step")
-        factors = (folding.input_factor.get(name), folding.output_factor.get(name))
-        folded[name] = form.folded(*factors, reason if _has_mul(model, form) else "")
-    return folded
-
-
-def _has_mul(model: ir.Model, form: LayerForm) -> bool:
-    names = {f"{form.spec.name}/{SCALED}{suffix}" for suffix in form.suffixes}
-    return any(node.name in names for node in model.graph)
+    return {
+        name: replace(
+            form,
+            input_factor=folding.input_factor.get(name),
+            output_factor=folding.output_factor.get(name),
+            scaled=folding.stays.get(name, ""),
+        )
+        for name, form in forms.items()
+    }
 
 
 def save_onnx(model: ir.Model, path: Path) -> None:
@@ -92,7 +91,7 @@ def serialized(model: ir.Model) -> bytes:
 
 def layer_bytes(model: ir.Model, layers: tuple[QuantizedLayer, ...]) -> int:
     """Bytes of all initializers that belong to quantized layers: codes, scales, zero points, tables, biases."""
-    prefixes = tuple(f"{layer.spec.name}/" for layer in layers)
+    prefixes = tuple(f"{layer.spec.name}/" for layer in layers) + ((f"{STEP}/",) if layers else ())
     initializers = model.graph.initializers.items()
     tensors = (value.const_value for name, value in initializers if name.startswith(prefixes))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

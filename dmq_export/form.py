@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ class LayerForm:
         padding: what the quantizer adds on every side of its input, one number per spatial axis, or none.
         input_factor: ``[C]``; the graph computes the layer's input times this. None: times one.
         output_factor: ``[O]``, likewise of its output.
-        scaled: why the layer has a Mul before its quantizer; empty where it has none.
+        scaled: why the LES and PTS factors are a Mul before the quantizer; empty where there is none.
     """
 
     spec: LayerSpec
@@ -94,10 +94,6 @@ class LayerForm:
     def shift_of_channels(self, row: int) -> NDArray[np.int32]:
         """The current shift, ``[C]``."""
         return self._channels(self.shift, row)
-
-    def folded(self, input_factor: Float | None, output_factor: Float | None, scaled: str) -> LayerForm:
-        """The form of the same layer with factors moved out of it and into it."""
-        return replace(self, input_factor=input_factor, output_factor=output_factor, scaled=scaled)
 
     def _channels(self, table: NDArray[np.int32], row: int) -> NDArray[np.int32]:
         return np.repeat(table[min(row, len(table) - 1)], self.spec.parts)

@@ -2,13 +2,13 @@
 
 A layer becomes, without what does not apply to it::
 
-    x - Mul(factor) - Pad - Add(shift) | Clip - QuantizeLinear(s, z) - DequantizeLinear(s, z) ---- Conv / MatMul - Mul(gain) - Add(bias)
-                                                  W (INT8) - DequantizeLinear(s_w * 2^-K) ---/
+    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) ---- Conv / MatMul - Mul(gain) - Add(bias)
+                                        W (INT8) - DQ(s_w * 2^-K) ---/
 
-``Mul(factor)`` is there where the LES and PTS factors could not be folded, or a table has a row per step; ``Pad`` and
-``Add(shift)`` where 8-bit codes are asymmetric and the kernel's zero point is fixed; ``Clip`` where the codes take
-fewer than 8 bits; ``Mul(gain)`` and an ``Add(bias)`` of their own where a table has a row per step. The parts of a
-split layer are quantized apart and their products added. See ``docs/lowerings.md``.
+``Mul(factor)`` is there where the LES and PTS factors could not be folded; ``Mul(ratio)``, ``Mul(gain)`` and an ``Add``
+of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)`` where 8-bit codes are asymmetric and the
+kernel's zero point is fixed; ``Clip`` where the codes take fewer than 8 bits. The parts of a split layer are
+quantized apart and their products added. See ``docs/lowerings.md``.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from dmq_export.encoding import Encoding, part_encoding
 from dmq_export.form import LayerForm
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.lowering import CODES, OUTPUT, LowerLayer, channel_axis
+from dmq_export.steps import StepTables
 from dmq_export.target import Target
 
-SCALED = "scaled"  # what the Mul before a quantizer is called
+SCALED, STEPPED = "scaled", "stepped"  # the Mul of the LES and PTS factors, and that of the step's scale
 
 
 def lower_integer(target: Target) -> LowerLayer:
     """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`."""
 
     def lower_layer(
-        builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, row: ir.Value | None
+        builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, tables: StepTables
     ) -> tuple[ir.Value, LayerForm]:
         parts = range(len(layer.spec.parts))
         carriers = [part_carrier(layer, part) for part in parts]
         encodings = [part_encoding(layer, part, target) for part in parts]
         form = _form(layer, encodings)
-        steps = _Steps(builder, row)
+        steps = _Steps(builder, tables)
         inputs = _part_inputs(builder, layer.spec, x)
         products = [
             _product(steps, form, *part) for part in zip(form.suffixes, inputs, encodings, carriers, strict=True)
@@ -53,16 +54,15 @@ def lower_integer(target: Target) -> LowerLayer:
 class _Steps:
     """Constants, and tables with a row per step, as values of the graph."""
 
-    def __init__(self, builder: NodeBuilder, row: ir.Value | None) -> None:
+    def __init__(self, builder: NodeBuilder, tables: StepTables) -> None:
         self.builder = builder
-        self.row = row
+        self.tables = tables
 
     def value(self, name: str, table: NDArray[Any]) -> ir.Value:
-        """``table [T, ...]`` as its current row, a constant where there is one row."""
-        if len(table) == 1 or self.row is None:
+        """``table [T, ...]`` as its current row, a constant where there is one row; one number as ``[1]`` or scalar."""
+        if len(table) == 1:
             return self.builder.constant(name, table[0])
-        rows = self.builder.constant(f"{name}_table", table)
-        return self.builder.op("Gather", [rows, self.row], {"axis": 0}, name=name)
+        return self.tables.value(f"{self.builder.prefix}/{name}", table.reshape(len(table), -1, *table.shape[2:]))
 
 
 def _form(layer: QuantizedLayer, encodings: list[Encoding]) -> LayerForm:
@@ -129,21 +129,31 @@ def _product(
 def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:
     """``x / tau * 2^k`` rounded to the part's codes and back, in steps of the constant scale."""
     builder, scale = steps.builder, encoding.scale
+    if (encoding.ratio != 1).any():  # before the factor: a runtime folds a constant per channel into the quantizer
+        x = builder.op("Mul", [x, steps.value(f"ratio{suffix}", encoding.ratio)], name=f"{STEPPED}{suffix}")
     if (encoding.factor != 1).any():
-        factor = steps.value(f"factor{suffix}", _over_channels(form.spec, encoding.factor))
+        factor = builder.constant(f"factor{suffix}", _over_channels(form.spec, encoding.factor[None])[0])
         x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
     if form.padding:
         sides = (0, 0, *form.padding)
         pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
         x = builder.op("Pad", [x, pads], name=f"padded{suffix}")
     if encoding.shift.any():
-        x = builder.op("Add", [x, steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))], name=f"shifted{suffix}")
+        x = builder.op(
+            "Add",
+            [x, steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))],
+            name=f"shifted{suffix}",
+        )
     if encoding.bounds is not None:
-        ends = [
+        low, high = (
             steps.value(f"{name}{suffix}", (encoding.bounds[:, side] * scale).astype(np.float32))
             for side, name in enumerate(("lowest", "highest"))
-        ]
-        x = builder.op("Clip", [x, *ends], name=f"clipped{suffix}")
+        )
+        if len(encoding.bounds) == 1:
+            x = builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
+        else:  # Clip takes scalars, a row of the tables is [1]
+            x = builder.op("Max", [x, low], name=f"raised{suffix}")
+            x = builder.op("Min", [x, high], name=f"clipped{suffix}")
     qparams = [
         builder.constant(f"scale{suffix}", np.asarray(scale)),
         builder.constant(f"zero_point{suffix}", np.array(encoding.zero_point, encoding.container)),
@@ -166,9 +176,7 @@ def _bias(layer: QuantizedLayer, encodings: list[Encoding], carriers: list[Carri
     return bias.astype(np.float32) if bias.any() or layer.bias is not None else None
 
 
-def _sum(
-    steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None
-) -> ir.Value:
+def _sum(steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None) -> ir.Value:
     """The parts' products and the bias, the last node called ``<layer>/output``."""
     builder, total = steps.builder, products[-1]
     producer = total.producer()

@@ -12,12 +12,13 @@ from dmq_export.builder import NodeBuilder
 from dmq_export.errors import ExportError
 from dmq_export.form import LayerForm
 from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.steps import StepTables
 from dmq_export.trace import DOMAIN
 
 CODES, OUTPUT = "codes", "output"  # what every lowered layer calls its integer input and its result
 
-LowerLayer = Callable[[NodeBuilder, QuantizedLayer, ir.Value, ir.Value | None], tuple[ir.Value, LayerForm]]
-"""``(builder, layer, input, row of the step or None) -> (output, what was made of it)``"""
+LowerLayer = Callable[[NodeBuilder, QuantizedLayer, ir.Value, StepTables], tuple[ir.Value, LayerForm]]
+"""``(builder, layer, input, tables of the graph) -> (output, what was made of it)``"""
 
 
 def lower(
@@ -37,17 +38,18 @@ def lower(
     if set(nodes) != set(by_name):
         odd = sorted(set(nodes) ^ set(by_name))[0]
         raise ExportError(f"layer {odd}: the traced graph and the checkpoint disagree on whether it exists")
-    row = _step_row(model.graph, timesteps) if any(len(layer.scale) > 1 for layer in layers) else None
+    steps = StepTables(model.graph, timesteps)
     forms = {}
     for name, node in nodes.items():
         y = node.outputs[0]
         builder = NodeBuilder(model.graph, name)
-        output, forms[name] = lower_layer(builder, by_name[name], layer_input(node), row)
+        output, forms[name] = lower_layer(builder, by_name[name], layer_input(node), steps)
         output.shape, output.type = y.shape, y.type
         # not onnx_ir's replace_nodes_and_values: that gives the new output the old one's name
         ir.convenience.replace_all_uses_with(y, output)
         model.graph.insert_before(node, builder.nodes)
         model.graph.remove(node, safe=True)
+    steps.finish()
     model.opset_imports.pop(DOMAIN, None)
     return forms
 
@@ -70,14 +72,3 @@ def channel_axis(spec: LayerSpec, x: ir.Value) -> int:
     if x.shape is None:
         raise ExportError(f"layer {spec.name}: the traced graph does not know the rank of its input")
     return spec.channel_axis % x.shape.rank()
-
-
-def _step_row(graph: ir.Graph, timesteps: NDArray[np.float32]) -> ir.Value:
-    """The row of the calibrated timestep nearest to the ``timestep`` input, the first of two equally near."""
-    timestep = next(value for value in graph.inputs if value.name == "timestep")
-    builder = NodeBuilder(graph, "step")
-    difference = builder.op("Sub", [builder.constant("timesteps", timesteps), timestep], name="difference")
-    distance = builder.op("Abs", [difference], name="distance")
-    row = builder.op("ArgMin", [distance], {"axis": 0, "keepdims": 0}, name="row")
-    graph.insert_before(graph[0], builder.nodes)
-    return row

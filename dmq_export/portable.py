@@ -23,15 +23,16 @@ from dmq_export.builder import NodeBuilder, conv_attributes
 from dmq_export.form import LayerForm, plain_form
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lowering import CODES, OUTPUT, channel_axis
+from dmq_export.steps import StepTables
 
 
 def lower_portable(
-    builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, row: ir.Value | None
+    builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, steps: StepTables
 ) -> tuple[ir.Value, LayerForm]:
     """The nodes of one layer, see :data:`dmq_export.lowering.LowerLayer`."""
     spec = layer.spec
     axis = {"axis": channel_axis(spec, x)}
-    scale, input_scale, zero_point = _activation_qparams(builder, layer, row)
+    scale, input_scale, zero_point = _activation_qparams(builder, layer, steps)
     codes_name = CODES if spec.bits.activation == 8 else "unclipped_codes"
     codes = builder.op("QuantizeLinear", [x, input_scale, zero_point], axis, name=codes_name)
     if spec.bits.activation < 8:
@@ -42,22 +43,22 @@ def lower_portable(
 
 
 def _activation_qparams(
-    builder: NodeBuilder, layer: QuantizedLayer, row: ir.Value | None
+    builder: NodeBuilder, layer: QuantizedLayer, steps: StepTables
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """``s * 2^-k``, ``tau * s * 2^-k`` and ``z``, each ``[C]``, of the current step."""
-    steps = np.ldexp(np.float32(1), -layer.shift.astype(np.int32)).astype(np.float32)
-    if row is None or len(layer.scale) == 1:
-        scale = np.repeat(layer.scale[0], layer.spec.parts) * steps
+    powers = np.ldexp(np.float32(1), -layer.shift.astype(np.int32)).astype(np.float32)
+    if len(layer.scale) == 1:
+        scale = np.repeat(layer.scale[0], layer.spec.parts) * powers
         return (
             builder.constant("scale", scale),
             builder.constant("input_scale", layer.tau * scale),
             builder.constant("zero_point", np.repeat(layer.zero_point[0], layer.spec.parts)),
         )
-    scale = _of_step(builder, layer, "step_scale", layer.scale, row)
+    scale = _of_step(builder, layer, "step_scale", layer.scale, steps.row)
     if layer.shift.any():
-        scale = builder.op("Mul", [scale, builder.constant("powers_of_two", steps)], name="scale")
+        scale = builder.op("Mul", [scale, builder.constant("powers_of_two", powers)], name="scale")
     input_scale = builder.op("Mul", [builder.constant("tau", layer.tau), scale], name="input_scale")
-    return scale, input_scale, _of_step(builder, layer, "zero_point", layer.zero_point, row)
+    return scale, input_scale, _of_step(builder, layer, "zero_point", layer.zero_point, steps.row)
 
 
 def _of_step(builder: NodeBuilder, layer: QuantizedLayer, name: str, table: NDArray[Any], row: ir.Value) -> ir.Value:

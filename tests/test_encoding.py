@@ -22,7 +22,8 @@ def row_of(table: np.ndarray, row: int) -> np.ndarray:
 def codes_of(encoding: Encoding, spec: LayerSpec, x: np.ndarray, row: int) -> np.ndarray:
     """What the kernel's quantizer makes of ``x`` after the encoding's Mul, Add and Clip, in float64."""
     scale = float(encoding.scale)
-    factor = np.broadcast_to(row_of(encoding.factor, row).astype(np.float64), x.shape[spec.channel_axis])
+    factor = encoding.factor.astype(np.float64) * row_of(encoding.ratio, row)
+    factor = np.broadcast_to(factor, x.shape[spec.channel_axis])
     v = x * along(factor, x.ndim, spec.channel_axis) + float(row_of(encoding.shift, row)) * scale
     if encoding.bounds is not None:
         v = v.clip(*(row_of(encoding.bounds, row) * scale))
@@ -84,6 +85,6 @@ def test_what_does_not_vary_has_one_row_and_one_factor() -> None:
     layer.tau[:] = 0.5
     layer.scale[:] = 0.25
     encoding = part_encoding(layer, 0, "tensorrt")
-    assert encoding.factor.tolist() == [[2.0]]
-    assert encoding.gain.tolist() == [1.0]
+    assert encoding.factor.tolist() == [2.0]
+    assert (encoding.ratio.tolist(), encoding.gain.tolist()) == ([1.0], [1.0])
     assert len(encoding.shift) == 3

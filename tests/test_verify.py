@@ -120,7 +120,9 @@ def test_ties_are_those_of_the_step_that_was_run() -> None:
     layer = replace(layer, scale=np.array([[1.0], [0.4]], np.float32), zero_point=np.full((2, 1), 100, np.uint8))
     x = np.full((1, 1, 8), 0.5, np.float32)  # 0.5 steps in the first row, 1.25 in the second
     codes = np.full_like(x, 100)
-    at_first, at_second = (check_layer(layer, plain_form(layer), row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1))
+    at_first, at_second = (
+        check_layer(layer, plain_form(layer), row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1)
+    )
     assert (at_first.ties, at_second.wrong_codes) == (8, 8)
 
 

@@ -42,7 +42,9 @@ class Export:
         return "\n".join(lines)
 
 
-def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, target: Target = "portable", verify: bool = True) -> Export:
+def export_onnx(
+    checkpoint_folder: Path, output: Path, progress: Progress, *, target: Target = "portable", verify: bool = True
+) -> Export:
     """Export the checkpoint for ``target`` and prove the graph equal to the PyTorch reference.
 
     Raises:
