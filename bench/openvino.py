@@ -9,16 +9,9 @@ turns, one evaluation each, so that another load on the machine meets all of the
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
@@ -28,10 +21,7 @@ from calib.recipe import Recipe, Scales
 from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.export import export_graph, serialized
-from dmq_export.network import build_network
 from dmq_export.progress import Progress
-from dmq_export.table import table
 
 CHANNELS = (128, 256, 256)
 Run = Callable[[], object]

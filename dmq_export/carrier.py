@@ -31,7 +31,7 @@ class Carrier:
     def sums(self) -> NDArray[np.float64]:
         """``[O]``, the sum of each output's weights."""
         totals = self.codes.reshape(len(self.codes), -1).sum(1, dtype=np.int64)
-        return totals * self.scale.astype(np.float64)
+        return np.asarray(totals * self.scale.astype(np.float64))
 
 
 def part_carrier(layer: QuantizedLayer, part: int) -> Carrier:

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern
 
 from dmq_export.trace import BATCH
@@ -15,13 +16,16 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules th
 ROOT = "network."  # what the tracer calls the denoiser
 
 
-def clean_graph(model: ir.Model) -> None:
-    """Simplify, name and strip ``model`` in place.
+def clean_graph(model: ir.Model, batch: int | None = None) -> None:
+    """Simplify, name and strip ``model`` in place; give the batch axis a size where ``batch`` says one.
 
     Postcondition: it computes what it did; nodes are called ``<module>/<operator>`` after the model's modules,
     initializers as the model's tensors, and nothing of this machine (stack traces, paths) is left.
     """
     RULES.apply_to_model(model)
+    if batch is not None:
+        fix_batch(model, batch)
+        fold_constants(model)
     common.RemoveUnusedNodesPass()(model)
     name_nodes(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -38,7 +42,7 @@ class TransposedKeys(pattern.RewriteRuleClassBase):
         flat = op.Transpose(op.Reshape(x, op.Concat(any_size, length, width)), perm=[0, 2, 1])
         return op.Reshape(flat, op.Concat(batch, width, length))
 
-    def check(self, context: Any, x: ir.Value, **_: Any) -> bool:
+    def check(self, context: Any, x: ir.Value, **_: Any) -> bool:  # type: ignore[override]
         return x.shape is not None and x.shape.rank() == 4
 
     def rewrite(self, op: Any, x: ir.Value, **_: Any) -> Any:
@@ -55,7 +59,7 @@ class MultipliedOnes(pattern.RewriteRuleClassBase):
         return op.Expand(x, shape)
 
 
-RULES = pattern.RewriteRuleSet([TransposedKeys.rule(), MultipliedOnes.rule()])
+RULES = pattern.RewriteRuleSet([rule.rule() for rule in (TransposedKeys, MultipliedOnes)])  # type: ignore[no-untyped-call]
 
 
 def name_nodes(model: ir.Model) -> None:

@@ -11,18 +11,21 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from dmq_export import __version__
+from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.clean import clean_graph
+from dmq_export.errors import ExportError
 from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_file
 from dmq_export.fold import fold_factors
 from dmq_export.form import LayerForm
+from dmq_export.half import to_float16
 from dmq_export.integer import lower_integer
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
 from dmq_export.steps import STEP
-from dmq_export.target import Target
+from dmq_export.target import FloatType, Target
 from dmq_export.trace import trace_network
 
 
@@ -32,6 +35,8 @@ class ExportedGraph:
 
     model: ir.Model
     forms: Mapping[str, LayerForm]
+    dtype: FloatType = "float32"
+    batch: Batch | None = None
 
     @property
     def scaled(self) -> dict[str, str]:
@@ -39,24 +44,30 @@ class ExportedGraph:
         return {name: form.scaled for name, form in self.forms.items() if form.scaled}
 
 
-def export_graph(checkpoint: Checkpoint, target: Target = "portable") -> ExportedGraph:
-    """The graph of ``checkpoint`` for ``target``, in memory.
+def export_graph(
+    checkpoint: Checkpoint, target: Target = "portable", dtype: FloatType = "float32", batch: Batch | None = None
+) -> ExportedGraph:
+    """The graph of ``checkpoint`` for ``target``, in memory; any batch size where ``batch`` does not fix one.
 
     Raises:
         ExportError: the model cannot be traced, or a layer cannot be lowered.
     """
+    if dtype == "float16" and target != "tensorrt":
+        raise ExportError(f"--dtype float16 is for --target tensorrt; the {target} graph is float32")
     model = trace_network(checkpoint)
-    clean_graph(model)
+    clean_graph(model, None if batch is None else batch.fixed)
     if target == "portable":
         forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
     else:
         forms = _lower_folded(model, checkpoint, target)
+    if dtype == "float16":
+        to_float16(model)
     common.RemoveUnusedNodesPass()(model)
     common.CheckerPass()(model)
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
-    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target))
-    return ExportedGraph(model, forms)
+    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target, dtype, batch))
+    return ExportedGraph(model, forms, dtype, batch)
 
 
 def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dmq_export.form import along
 from dmq_export.layer import Float, QuantizedLayer
 from dmq_export.lowering import layer_input, layer_nodes
-from dmq_export.push import Blocked, Push, only_along, push_factor
+from dmq_export.push import BlockedError, Push, only_along, push_factor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def fold_factors(model: ir.Model, layers: Sequence[QuantizedLayer]) -> Folding:
         try:
             push = _push(x, [by_name[name] for name in names], factors)
             rows = {name: _rows(by_name[name], factor) for name, factor in push.layers.items()}
-        except Blocked as blocked:
+        except BlockedError as blocked:
             stays |= dict.fromkeys(names, str(blocked))
             continue
         push.apply()
@@ -81,16 +81,16 @@ def _push(x: ir.Value, layers: list[QuantizedLayer], factors: list[NDArray[np.fl
     """The way of the common factor of all that reads ``x`` into what computes it.
 
     Raises:
-        Blocked: there is none.
+        BlockedError: there is none.
     """
     if any(len(layer.spec.parts) > 1 for layer in layers):
-        raise Blocked("its parts need different factors")
+        raise BlockedError("its parts need different factors")
     if len(x.uses()) > len(layers) or x.is_graph_output():
-        raise Blocked("float operations read its input too")
+        raise BlockedError("float operations read its input too")
     if any(not np.array_equal(factor, factors[0]) for factor in factors):
-        raise Blocked("layers that share its input have other factors")
+        raise BlockedError("layers that share its input have other factors")
     if x.shape is None:
-        raise Blocked("its input has no known rank")
+        raise BlockedError("its input has no known rank")
     return push_factor(x, along(factors[0], x.shape.rank(), layers[0].spec.channel_axis))
 
 

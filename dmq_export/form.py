@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.layer import Float, LayerSpec, QuantizedLayer
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class LayerForm:
         zero_point: ``q_x`` of zero, ``[T, P]``.
         offset: ``q_x - code``, ``[T, P]``.
         shift: steps added before rounding, ``[T, P]``.
+        cancelled: largest magnitude of what the bias takes out again because of the shift, ``[T]``.
         padding: what the quantizer adds on every side of its input, one number per spatial axis, or none.
         input_factor: ``[C]``; the graph computes the layer's input times this. None: times one.
         output_factor: ``[O]``, likewise of its output.
@@ -52,6 +55,7 @@ class LayerForm:
     zero_point: NDArray[np.int32]
     offset: NDArray[np.int32]
     shift: NDArray[np.int32]
+    cancelled: NDArray[np.float64]
     padding: tuple[int, ...] = ()
     input_factor: Float | None = None
     output_factor: Float | None = None
@@ -87,13 +91,17 @@ class LayerForm:
         offset = along(self._channels(self.offset, row), codes.ndim, axis).astype(np.int16)
         return LayerValues(np.concatenate([part.input for part in parts], axis), codes + offset, output)
 
-    def padded(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def padded(self, values: NDArray[Number]) -> NDArray[Number]:
         """``values`` of the input's shape, zeros around them where the quantizer pads."""
         return np.pad(values, [(0, 0), (0, 0), *((p, p) for p in self.padding)]) if any(self.padding) else values
 
     def shift_of_channels(self, row: int) -> NDArray[np.int32]:
         """The current shift, ``[C]``."""
         return self._channels(self.shift, row)
+
+    def cancelled_at(self, row: int) -> float:
+        """The current :attr:`cancelled`."""
+        return float(self.cancelled[min(row, len(self.cancelled) - 1)])
 
     def _channels(self, table: NDArray[np.int32], row: int) -> NDArray[np.int32]:
         return np.repeat(table[min(row, len(table) - 1)], self.spec.parts)
@@ -103,10 +111,10 @@ def plain_form(layer: QuantizedLayer) -> LayerForm:
     """One quantizer whose codes are ``q_x`` itself."""
     zero_point = layer.zero_point.astype(np.int32)
     none = np.zeros_like(zero_point)
-    return LayerForm(layer.spec, ("",), np.uint8, zero_point, none, none)
+    return LayerForm(layer.spec, ("",), np.uint8, zero_point, none, none, np.zeros(1))
 
 
-def along(values: NDArray[np.generic], rank: int, axis: int) -> NDArray[np.generic]:
+def along(values: NDArray[Number], rank: int, axis: int) -> NDArray[Number]:
     """``values [C]`` shaped to broadcast along ``axis`` of an array of ``rank``."""
     shape = [1] * rank
     shape[axis] = -1

@@ -40,13 +40,14 @@ def lower_integer(target: Target) -> LowerLayer:
         parts = range(len(layer.spec.parts))
         carriers = [part_carrier(layer, part) for part in parts]
         encodings = [part_encoding(layer, part, target) for part in parts]
-        form = _form(layer, encodings)
+        corrections = _corrections(encodings, carriers)
+        form = _form(layer, encodings, corrections)
         steps = _Steps(builder, tables)
         inputs = _part_inputs(builder, layer.spec, x)
         products = [
             _product(steps, form, *part) for part in zip(form.suffixes, inputs, encodings, carriers, strict=True)
         ]
-        return _sum(steps, layer, products, _bias(layer, encodings, carriers)), form
+        return _sum(steps, layer, products, _bias(layer, corrections)), form
 
     return lower_layer
 
@@ -65,7 +66,7 @@ class _Steps:
         return self.tables.value(f"{self.builder.prefix}/{name}", table.reshape(len(table), -1, *table.shape[2:]))
 
 
-def _form(layer: QuantizedLayer, encodings: list[Encoding]) -> LayerForm:
+def _form(layer: QuantizedLayer, encodings: list[Encoding], corrections: NDArray[np.float64]) -> LayerForm:
     spec = layer.spec
     rows = len(layer.scale)
     shift = np.stack([np.broadcast_to(part.shift, rows) for part in encodings], axis=1)
@@ -76,6 +77,7 @@ def _form(layer: QuantizedLayer, encodings: list[Encoding]) -> LayerForm:
         zero_point=layer.zero_point.astype(np.int32),
         offset=np.stack([np.broadcast_to(part.offset, rows) for part in encodings], axis=1),
         shift=shift,
+        cancelled=np.abs(corrections).max(axis=1),
         padding=spec.padding if shift.any() and any(spec.padding) else (),
     )
 
@@ -167,13 +169,21 @@ def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:
     return rows[:, 0] if rows.shape[1] == 1 else rows.reshape(*rows.shape, *[1] * len(spec.kernel))
 
 
-def _bias(layer: QuantizedLayer, encodings: list[Encoding], carriers: list[Carrier]) -> NDArray[np.float32] | None:
-    """``b - sum_p s_t * shift_t * sum(w)``, ``[T, O]``; None where that is nothing."""
-    bias = np.zeros((1, layer.spec.out_channels)) if layer.bias is None else layer.bias[None].astype(np.float64)
+def _corrections(encodings: list[Encoding], carriers: list[Carrier]) -> NDArray[np.float64]:
+    """``sum_p s_t * shift_t * sum(w)``, what the shifts add to the products, ``[T, O]``."""
+    total = np.zeros((1, len(carriers[0].scale)))
     for encoding, carrier in zip(encodings, carriers, strict=True):
         steps = encoding.step_scale.astype(np.float64) * encoding.shift
-        bias = bias - steps[:, None] * carrier.sums()
-    return bias.astype(np.float32) if bias.any() or layer.bias is not None else None
+        total = total + steps[:, None] * carrier.sums()
+    return total
+
+
+def _bias(layer: QuantizedLayer, corrections: NDArray[np.float64]) -> NDArray[np.float32] | None:
+    """``b`` without the corrections, ``[T, O]``; None where that is nothing."""
+    if layer.bias is None and not corrections.any():
+        return None
+    bias = 0 if layer.bias is None else layer.bias.astype(np.float64)
+    return np.asarray(bias - corrections, np.float32)
 
 
 def _sum(steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None) -> ir.Value:

@@ -17,7 +17,7 @@ from dmq_export.trace import DOMAIN
 Factor = NDArray[np.float64]
 
 
-class Blocked(Exception):
+class BlockedError(Exception):
     """The factor cannot pass; the message says what it met."""
 
 
@@ -37,16 +37,20 @@ class Push:
         """Multiply the constants; one that other nodes read too is copied first."""
         for node, index, factor in self.constants:
             value = node.inputs[index]
-            assert value is not None and value.const_value is not None and node.graph is not None
+            assert value is not None
+            assert value.const_value is not None
+            graph = node.graph
+            assert isinstance(graph, ir.Graph)
             old = value.const_value.numpy()
             new = (old.astype(np.float64) * factor).astype(old.dtype)
-            name = value.name if len(value.uses()) == 1 else f"{value.name} of {node.name}"
+            own = len(value.uses()) == 1
+            name = str(value.name) if own else f"{value.name} of {node.name}"
             tensor = ir.tensor(new, name=name)
             copy = ir.Value(name=name, shape=ir.Shape(new.shape), type=value.type, const_value=tensor)
-            if name == value.name:
+            if own:
                 node.replace_input_with(index, None)
-                node.graph.initializers.pop(name)
-            node.graph.register_initializer(copy)
+                graph.initializers.pop(name)
+            graph.register_initializer(copy)
             node.replace_input_with(index, copy)
 
     def join(self, other: Push) -> None:
@@ -60,14 +64,14 @@ def push_factor(value: ir.Value, factor: Factor) -> Push:
     """Where ``factor`` on ``value`` can go; the caller has seen to all that reads ``value``.
 
     Raises:
-        Blocked: it meets something that is not linear, or a value that something else reads.
+        BlockedError: it meets something that is not linear, or a value that something else reads.
     """
     node = value.producer()
     if node is None:
-        raise Blocked("its input is an input of the network")
+        raise BlockedError("its input is an input of the network")
     rule = _layer if node.domain == DOMAIN else RULES.get(node.op_type)
     if rule is None:
-        raise Blocked(f"{node.op_type} lies before it")
+        raise BlockedError(f"{node.op_type} lies before it")
     push = Push()
     rule(push, node, value, factor)
     return push
@@ -77,16 +81,16 @@ def _into(push: Push, node: ir.Node, index: int, factor: Factor) -> None:
     """Carry ``factor`` into an input of ``node``: a constant, or what computes it."""
     source = node.inputs[index]
     if source is None or source.shape is None:
-        raise Blocked(f"an input of {node.op_type} before it has no known shape")
+        raise BlockedError(f"an input of {node.op_type} before it has no known shape")
     if source.const_value is not None and source.producer() is None:
         push.constants.append((node, index, factor))
         return
     if len(source.uses()) > 1 or source.is_graph_output():
         others = sorted({user.op_type for user, _ in source.uses() if user is not node})
-        raise Blocked(f"{' and '.join(others) or 'something else'} reads what it would be folded into too")
+        raise BlockedError(f"{' and '.join(others) or 'something else'} reads what it would be folded into too")
     factor = factor.reshape(factor.shape[factor.ndim - source.shape.rank() :])
     if any(size != 1 and size != source.shape[axis] for axis, size in enumerate(factor.shape)):
-        raise Blocked(f"{node.op_type} before it spreads an input over the channels")
+        raise BlockedError(f"{node.op_type} before it spreads an input over the channels")
     push.join(push_factor(source, factor))
 
 
@@ -118,13 +122,13 @@ def _gemm(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
 def _matmul(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     """Into the right-hand side: the weight of a linear layer, or the values of attention."""
     if factor.ndim < 2 or factor.shape[-2] != 1:
-        raise Blocked("MatMul before it sums over the channels")
+        raise BlockedError("MatMul before it sums over the channels")
     right = node.inputs[1]
     if right is None or right.shape is None:
-        raise Blocked("an input of MatMul before it has no known shape")
+        raise BlockedError("an input of MatMul before it has no known shape")
     extra = factor.ndim - right.shape.rank()
     if any(size != 1 for size in factor.shape[:extra]):
-        raise Blocked("MatMul before it shares its weight over the channels")
+        raise BlockedError("MatMul before it shares its weight over the channels")
     _into(push, node, 1, factor.reshape(factor.shape[extra:]))
 
 
@@ -140,7 +144,7 @@ def _product(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None
         side = Push()
         try:
             _into(side, node, index, factor)
-        except Blocked as blocked:
+        except BlockedError as blocked:
             reasons.append(blocked)
         else:
             push.join(side)
@@ -156,7 +160,7 @@ def _transpose(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> No
 def _reshape(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     source = node.inputs[0]
     if source is None or source.shape is None or value.shape is None:
-        raise Blocked(f"{node.op_type} before it has no known shape")
+        raise BlockedError(f"{node.op_type} before it has no known shape")
     _into(push, node, 0, reshaped(factor, list(value.shape), list(source.shape)))
 
 
@@ -164,7 +168,7 @@ def reshaped(factor: Factor, new: list[int | ir.SymbolicDim], old: list[int | ir
     """A factor on a tensor of shape ``new`` as the factor on the same tensor before it was reshaped from ``old``.
 
     Raises:
-        Blocked: the factor varies where sizes are mixed that are not known.
+        BlockedError: the factor varies where sizes are mixed that are not known.
     """
     pieces: list[int] = []
     at, start = 0, 0  # in new, in old
@@ -174,7 +178,7 @@ def reshaped(factor: Factor, new: list[int | ir.SymbolicDim], old: list[int | ir
         if all(size == 1 for size in group):
             pieces += [1] * (stop - start)
         elif any(not isinstance(size, int) for size in old[start:stop]):
-            raise Blocked("Reshape before it mixes the channels with the batch")
+            raise BlockedError("Reshape before it mixes the channels with the batch")
         else:
             full = [size for size in new[at:end] if isinstance(size, int)]
             factor = np.broadcast_to(factor, (*factor.shape[:at], *full, *factor.shape[end:]))
@@ -195,7 +199,7 @@ def _matching(
         shorter = counts[0] <= counts[1] and end < len(new)
         size = (new[end] if shorter else old[stop]) if (shorter or stop < len(old)) else None
         if not isinstance(size, int):
-            raise Blocked("Reshape before it has sizes that are not known")
+            raise BlockedError("Reshape before it has sizes that are not known")
         counts[0 if shorter else 1] *= size
         end, stop = end + shorter, stop + (not shorter)
     return end, stop
@@ -207,12 +211,13 @@ def _split(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     axis = node.attributes.get_int("axis", 0) % factor.ndim
     sizes = [output.shape[axis] if output.shape is not None else None for output in node.outputs]
     if source is None or any(not isinstance(size, int) for size in sizes):
-        raise Blocked("Split before it has no known sizes")
+        raise BlockedError("Split before it has no known sizes")
     before = sum(size for size in sizes[: node.outputs.index(value)] if isinstance(size, int))
     whole = np.ones((*factor.shape[:axis], sum(s for s in sizes if isinstance(s, int)), *factor.shape[axis + 1 :]))
     own = sizes[node.outputs.index(value)]
     assert isinstance(own, int)
-    whole[(*[slice(None)] * axis, slice(before, before + own))] = factor
+    where = [slice(None)] * axis + [slice(before, before + own)]
+    whole[tuple(where)] = factor
     _into(push, node, 0, whole)
 
 
@@ -222,7 +227,7 @@ def _concat(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     for index, piece in enumerate(node.inputs):
         size = piece.shape[axis] if piece is not None and piece.shape is not None else None
         if not isinstance(size, int):
-            raise Blocked("Concat before it has no known sizes")
+            raise BlockedError("Concat before it has no known sizes")
         own = factor if factor.shape[axis] == 1 else factor.take(range(end, end + size), axis)
         end += size
         _into(push, node, index, own)
@@ -241,10 +246,10 @@ def only_along(factor: Factor, axis: int, what: str) -> Factor:
     """The factor along ``axis``.
 
     Raises:
-        Blocked: it varies along another, which ``what`` does not take.
+        BlockedError: it varies along another, which ``what`` does not take.
     """
     if factor.size != factor.shape[axis]:
-        raise Blocked(f"{what} before it mixes the channels")
+        raise BlockedError(f"{what} before it mixes the channels")
     return factor.reshape(-1)
 
 

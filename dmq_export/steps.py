@@ -40,6 +40,7 @@ class StepTables:
             difference = build.op("Sub", [build.constant("timesteps", self.timesteps), timestep], name="difference")
             distance = build.op("Abs", [difference], name="distance")
             self._row = build.op("ArgMin", [distance], {"axis": 0, "keepdims": 0}, name="row")
+            self._row.type = ir.TensorType(ir.DataType.INT64)
         return self._row
 
     def value(self, name: str, table: NDArray[np.float32]) -> ir.Value:
