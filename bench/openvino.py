@@ -3,8 +3,9 @@
     python bench/openvino.py                                # about 20 minutes on two cores
     python bench/openvino.py --sizes 32 --batches 1 --seconds 2
 
-The model is a UNet2DModel of random weights, 128, 256 and 256 channels wide; speed does not depend on the weights. The engines take
-turns, one evaluation each, so that another load on the machine meets all of them; the figures are medians over the turns.
+The model is a UNet2DModel of random weights, 128, 256 and 256 channels wide; speed does not depend on the weights. The
+engines take turns, one evaluation each, so that another load on the machine meets all of them; the figures are
+medians over the turns.
 """
 
 from __future__ import annotations

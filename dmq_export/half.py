@@ -6,6 +6,8 @@ float32 up to the first matrix product: in float16 the angles would be off by te
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,10 +39,9 @@ def to_float16(model: ir.Model) -> None:
             _cast_results(graph, node, kept)
             continue
         _retype_attributes(node)
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.const_value is not None and value.producer() is None:
-                if value.const_value.dtype == FLOAT and index not in KEPT_INPUTS.get(node.op_type, ()):
-                    node.replace_input_with(index, _half_constant(graph, value, node))
+        for index, constant in enumerate(node.inputs):
+            if _is_float_constant(constant) and index not in KEPT_INPUTS.get(node.op_type, ()):
+                node.replace_input_with(index, _half_constant(graph, constant, node))
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             graph.initializers.pop(name)
@@ -57,6 +58,10 @@ def _from_timestep(graph: ir.Graph) -> set[ir.Node]:
             nodes.add(node)
             known.update(node.outputs)
     return nodes
+
+
+def _is_float_constant(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    return value is not None and value.const_value is not None and value.const_value.dtype == FLOAT
 
 
 def _is_shape(value: ir.Value) -> bool:

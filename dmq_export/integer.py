@@ -2,8 +2,8 @@
 
 A layer becomes, without what does not apply to it::
 
-    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) ---- Conv / MatMul - Mul(gain) - Add(bias)
-                                        W (INT8) - DQ(s_w * 2^-K) ---/
+    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) -- Conv - Mul(gain) - Add(bias)
+                                                      W (INT8) - DQ(s_w * 2^-K) -/
 
 ``Mul(factor)`` is there where the LES and PTS factors could not be folded; ``Mul(ratio)``, ``Mul(gain)`` and an ``Add``
 of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)`` where 8-bit codes are asymmetric and the

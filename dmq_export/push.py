@@ -89,7 +89,8 @@ def _into(push: Push, node: ir.Node, index: int, factor: Factor) -> None:
         others = sorted({user.op_type for user, _ in source.uses() if user is not node})
         raise BlockedError(f"{' and '.join(others) or 'something else'} reads what it would be folded into too")
     factor = factor.reshape(factor.shape[factor.ndim - source.shape.rank() :])
-    if any(size != 1 and size != source.shape[axis] for axis, size in enumerate(factor.shape)):
+    sizes: list[tuple[int, object]] = list(zip(factor.shape, source.shape, strict=True))
+    if any(own not in (1, whole) for own, whole in sizes):
         raise BlockedError(f"{node.op_type} before it spreads an input over the channels")
     push.join(push_factor(source, factor))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.verification import Verification
@@ -12,7 +13,6 @@ from dmq_export.files import require_file
 from dmq_export.layer import QuantizedLayer
 from dmq_export.progress import Progress
 from dmq_export.table import table
-from dmq_export.target import Target
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Export:
     Attributes:
         quantized_bytes: of everything that belongs to quantized layers.
         float32_bytes: of the same layers' weights and biases in float32.
+        scaled: why the LES and PTS factors stay a Mul before the quantizer, by layer.
         verification: None where it was not asked for.
     """
 
@@ -29,6 +30,7 @@ class Export:
     file_bytes: int
     quantized_bytes: int
     float32_bytes: int
+    scaled: dict[str, str]
     verification: Verification | None
 
     def text(self) -> str:
@@ -37,15 +39,19 @@ class Export:
         lines = [
             f"{self.path}  {self.file_bytes / 1024:.0f} KiB",
             f"quantized layers take {self.quantized_bytes / 1024:.0f} KiB, {ratio:.3f} of their float32 size",
+            *_scaled_lines(self.scaled),
             *(_verification_lines(self.verification) if self.verification else ["not verified"]),
         ]
         return "\n".join(lines)
 
 
 def export_onnx(
-    checkpoint_folder: Path, output: Path, progress: Progress, *, target: Target = "portable", verify: bool = True
+    checkpoint_folder: Path, output: Path, progress: Progress, *, verify: bool = True, **choices: Any
 ) -> Export:
-    """Export the checkpoint for ``target`` and prove the graph equal to the PyTorch reference.
+    """Export the checkpoint and prove the graph equal to the PyTorch reference.
+
+    Args:
+        choices: target, type and batch, see :func:`dmq_export.export.export_graph`.
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
@@ -56,7 +62,7 @@ def export_onnx(
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
     with progress.stage("ONNX", 1, "graph") as advance:
-        graph = export_graph(checkpoint, target)
+        graph = export_graph(checkpoint, **choices)
         advance(1)
     verification = verify_graph(graph, checkpoint, progress) if verify else None
     save_onnx(graph.model, output)
@@ -65,12 +71,29 @@ def export_onnx(
         file_bytes=output.stat().st_size,
         quantized_bytes=layer_bytes(graph.model, checkpoint.layers),
         float32_bytes=sum(_float32_bytes(layer) for layer in checkpoint.layers),
+        scaled=graph.scaled,
         verification=verification,
     )
 
 
 def _float32_bytes(layer: QuantizedLayer) -> int:
     return 4 * (layer.codes.size + (0 if layer.bias is None else layer.bias.size))
+
+
+def _scaled_lines(scaled: dict[str, str]) -> list[str]:
+    """Where factors stay a Mul, by reason."""
+    if not scaled:
+        return []
+    names: dict[str, list[str]] = {}
+    for name, reason in scaled.items():
+        names.setdefault(reason, []).append(name)
+    rows = [(reason, str(len(layers)), " ".join(layers)) for reason, layers in names.items()]
+    return [
+        "",
+        f"{len(scaled)} layers keep a Mul by the LES and PTS factors:",
+        table(("because", "", "layers"), rows),
+        "",
+    ]
 
 
 def _verification_lines(verification: Verification) -> list[str]:

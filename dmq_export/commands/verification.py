@@ -44,7 +44,8 @@ class StepDrift:
 
     Attributes:
         graph: of the ONNX graph to the reference.
-        perturbed: of the reference to itself with every layer's input changed by 1e-6 (1e-3 for float16); the largest of several runs.
+        perturbed: of the reference to itself with every layer's input changed by 1e-6 (float16: 1e-3); the largest of
+            several runs.
         quantization: of the reference to the float model.
     """
 
