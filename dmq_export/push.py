@@ -196,7 +196,7 @@ def _matching(
         return at + 1, start + 1
     end, stop = at, start
     counts = [1, 1]
-    while end == at or stop == start or counts[0] != counts[1]:
+    while (end, stop) == (at, start) or counts[0] != counts[1]:
         shorter = counts[0] <= counts[1] and end < len(new)
         size = (new[end] if shorter else old[stop]) if (shorter or stop < len(old)) else None
         if not isinstance(size, int):

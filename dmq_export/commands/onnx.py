@@ -81,19 +81,11 @@ def _float32_bytes(layer: QuantizedLayer) -> int:
 
 
 def _scaled_lines(scaled: dict[str, str]) -> list[str]:
-    """Where factors stay a Mul, by reason."""
+    """Where factors stay a Mul, and why."""
     if not scaled:
         return []
-    names: dict[str, list[str]] = {}
-    for name, reason in scaled.items():
-        names.setdefault(reason, []).append(name)
-    rows = [(reason, str(len(layers)), " ".join(layers)) for reason, layers in names.items()]
-    return [
-        "",
-        f"{len(scaled)} layers keep a Mul by the LES and PTS factors:",
-        table(("because", "", "layers"), rows),
-        "",
-    ]
+    rows = list(scaled.items())
+    return [f"{len(rows)} layers keep a Mul by their LES and PTS factors:", "", table(("layer", "because"), rows), ""]
 
 
 def _verification_lines(verification: Verification) -> list[str]:
@@ -101,10 +93,10 @@ def _verification_lines(verification: Verification) -> list[str]:
         (f"{step.timestep:g}", f"{step.graph:.1e}", f"{step.perturbed:.1e}", f"{step.quantization:.1e}")
         for step in verification.drift
     ]
-    header = ("timestep", "graph to reference", "reference, perturbed by 1e-6", "reference to float")
+    header = ("timestep", "graph to reference", "reference, perturbed", "reference to float")
     return [
         f"verified: {len(verification.checks)} comparisons with the reference on identical inputs, all codes equal "
-        f"({verification.ties} at ties), largest relative error {verification.largest_error:.1e}",
+        f"but for {verification.ties} at ties, largest relative error {verification.largest_error:.1e}",
         "",
         table(header, rows, right=(0, 1, 2, 3)),
     ]
