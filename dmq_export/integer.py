@@ -133,6 +133,10 @@ def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding:
     builder, scale = steps.builder, encoding.scale
     if (encoding.ratio != 1).any():  # before the factor: a runtime folds a constant per channel into the quantizer
         x = builder.op("Mul", [x, steps.value(f"ratio{suffix}", encoding.ratio)], name=f"{STEPPED}{suffix}")
+    # OpenVINO (2026.4) loses constant bounds between a factor per channel and the quantizer
+    early = encoding.container is np.uint8 and encoding.bounds is not None and len(encoding.bounds) == 1
+    if early:
+        x = _clipped(steps, form, suffix, x, encoding, 1 / encoding.factor.astype(np.float64))
     if (encoding.factor != 1).any():
         factor = builder.constant(f"factor{suffix}", _over_channels(form.spec, encoding.factor[None])[0])
         x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
@@ -141,27 +145,34 @@ def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding:
         pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
         x = builder.op("Pad", [x, pads], name=f"padded{suffix}")
     if encoding.shift.any():
-        x = builder.op(
-            "Add",
-            [x, steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))],
-            name=f"shifted{suffix}",
-        )
-    if encoding.bounds is not None:
-        low, high = (
-            steps.value(f"{name}{suffix}", (encoding.bounds[:, side] * scale).astype(np.float32))
-            for side, name in enumerate(("lowest", "highest"))
-        )
-        if len(encoding.bounds) == 1:
-            x = builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
-        else:  # Clip takes scalars, a row of the tables is [1]
-            x = builder.op("Max", [x, low], name=f"raised{suffix}")
-            x = builder.op("Min", [x, high], name=f"clipped{suffix}")
+        shift = steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))
+        x = builder.op("Add", [x, shift], name=f"shifted{suffix}")
+    if encoding.bounds is not None and not early:
+        x = _clipped(steps, form, suffix, x, encoding, np.ones(1))
     qparams = [
         builder.constant(f"scale{suffix}", np.asarray(scale)),
         builder.constant(f"zero_point{suffix}", np.array(encoding.zero_point, encoding.container)),
     ]
     codes = builder.op("QuantizeLinear", [x, *qparams], name=f"{CODES}{suffix}")
     return builder.op("DequantizeLinear", [codes, *qparams], name=f"rounded_input{suffix}")
+
+
+def _clipped(
+    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, unit: NDArray[np.float64]
+) -> ir.Value:
+    """``x`` within the bounds, in steps of ``scale * unit``; ``unit`` is ``[C]`` or ``[1]``."""
+    assert encoding.bounds is not None
+    builder = steps.builder
+    ends = [(encoding.bounds[:, side, None] * (float(encoding.scale) * unit)).astype(np.float32) for side in range(2)]
+    low, high = (
+        steps.value(f"{name}{suffix}", _over_channels(form.spec, end))
+        for name, end in zip(("lowest", "highest"), ends, strict=True)
+    )
+    if encoding.container is np.int8 and len(encoding.bounds) == 1:
+        return builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
+    # Clip takes scalars; these are rows of a table, or one per channel
+    raised = builder.op("Max", [x, low], name=f"raised{suffix}")
+    return builder.op("Min", [raised, high], name=f"clipped{suffix}")
 
 
 def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:

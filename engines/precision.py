@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 INTEGERS = ("i8", "u8")
 OPERATORS = ("Convolution", "FullyConnected", "MatMul")
+OPERATOR = re.compile(r"(.+)/(?:product|output)(?:_\d+)?(?:/WithoutBiases)?")
 
 
 def executed_precision(model: Path | bytes, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -19,14 +21,16 @@ def executed_precision(model: Path | bytes, layers: Sequence[str]) -> dict[str, 
     """
     import openvino
 
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    core = openvino.Core()
+    network = core.read_model(BytesIO(model) if isinstance(model, bytes) else model)
+    compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found: dict[str, list[str]] = {name: [] for name in layers}
     for node in compiled.get_runtime_model().get_ordered_ops():
         facts = node.get_rt_info()
         if facts["layerType"].astype(str) not in OPERATORS:
             continue
-        for original in facts["originalLayersNames"].astype(str).split(","):
-            match = re.fullmatch(r"(.+)/product(?:_\d+)?(?:/WithoutBiases)?", original)
-            if match is not None and match[1] in found:
-                found[match[1]].append(facts["runtimePrecision"].astype(str))
+        originals = facts["originalLayersNames"].astype(str).split(",")
+        owners = [match[1] for match in map(OPERATOR.fullmatch, originals) if match is not None and match[1] in found]
+        if owners:  # what follows the operator may be fused into it
+            found[owners[0]].append(facts["runtimePrecision"].astype(str))
     return {name: tuple(precisions) for name, precisions in found.items()}
