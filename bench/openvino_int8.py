@@ -10,9 +10,18 @@ medians over the turns.
 
 from __future__ import annotations
 
+import argparse
+import io
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import numpy as np
+import openvino
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from numpy.typing import NDArray
@@ -23,7 +32,12 @@ from calib.recipe import Recipe
 from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.export import export_graph, serialized
+from dmq_export.layer import QuantizedLayer
 from dmq_export.progress import Progress
+from dmq_export.table import table
+from dmq_export.trace import trace_network
+from engines.ort import OnnxSession
 
 CHANNELS = (128, 256, 256)
 Run = Callable[[], object]
