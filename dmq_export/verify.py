@@ -79,7 +79,9 @@ def check_layer(
     expected = form.expected(reference, row)
     codes = graph.codes.astype(np.int16)
     differ = expected.codes != codes
-    ties = differ & _within_rounding(layer, form, row, reference.input, codes, precision)
+    ties = differ
+    for either in (expected.codes.astype(np.int16), codes):
+        ties = ties & _within_rounding(layer, form, row, reference.input, either, precision)
     return LayerCheck(
         name=layer.spec.name,
         ties=int(ties.sum()),
