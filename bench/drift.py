@@ -21,7 +21,7 @@ from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.commands.verification import Verification, verify
-from dmq_export.export import onnx_model
+from dmq_export.export import export_graph
 from dmq_export.progress import Progress
 from dmq_export.table import table
 
@@ -34,7 +34,7 @@ def verification(bits: Bits, rounding: Rounding) -> Verification:
     recipe = replace(recipe_from("fast"), bits=bits, rounding=rounding, null_label=10)
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
-    return verify(onnx_model(checkpoint), checkpoint, Progress(show=False))
+    return verify(export_graph(checkpoint), checkpoint, Progress(show=False))
 
 
 def main() -> None:

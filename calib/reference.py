@@ -13,9 +13,9 @@ from calib.layer_op import apply_op, expand_parts, tau_columns, weight_matrix
 from calib.model import predict
 from calib.rounding import dequantized_weight
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.form import LayerValues
 from dmq_export.layer import QuantizedLayer
 from dmq_export.network import build_network, replace_modules
-from dmq_export.verify import LayerValues
 
 
 class StepIndex:

@@ -9,6 +9,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from dmq_export.layer import LayerSpec
+
+
+def conv_attributes(spec: LayerSpec, padding: tuple[int, ...]) -> dict[str, Any]:
+    """Attributes of the layer's Conv node with ``padding`` on both sides of each spatial axis."""
+    return {
+        "kernel_shape": spec.kernel,
+        "strides": spec.stride,
+        "pads": (*padding, *padding),
+        "dilations": spec.dilation,
+        "group": spec.groups,
+    }
+
 
 class NodeBuilder:
     """Collects nodes and initializers named ``<prefix>/<name>``.
@@ -46,3 +59,10 @@ class NodeBuilder:
         node = ir.node(op_type, inputs, attributes, outputs=[ir.Value(name=full)], name=full)
         self.nodes.append(node)
         return node.outputs[0]
+
+    def renamed(self, value: ir.Value, name: str) -> ir.Value:
+        """``value`` and the node of this builder that gives it, called ``<prefix>/<name>``."""
+        node = value.producer()
+        assert node in self.nodes
+        value.name = node.name = f"{self.prefix}/{name}"
+        return value

@@ -59,6 +59,12 @@ class Probe:
     conditioning: Mapping[str, NDArray[Any]]
     prediction: NDArray[np.float32]
 
+    def resized(self, count: int) -> "Probe":
+        """The same with ``count`` samples a step, over again where there are fewer."""
+        rows = np.arange(count) % self.sample.shape[1]
+        conditioning = {name: value[rows] for name, value in self.conditioning.items()}
+        return Probe(self.timesteps, self.sample[:, rows], conditioning, self.prediction[:, rows])
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -11,11 +11,13 @@ import click
 
 from calib.recipe import PRESETS, Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export import __version__
+from dmq_export.batch import Batch
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 from dmq_export.memory import parse_size
 from dmq_export.schedulers import SCHEDULERS
+from dmq_export.target import FloatType, Target
 from engines.plan import HardwareCompatibility
 
 FOLDER = click.Path(path_type=Path)
@@ -72,6 +74,15 @@ class BitWidths(click.ParamType[Bits]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Bits:
         return value if isinstance(value, Bits) else Bits.parse(str(value))
+
+
+class BatchSizes(click.ParamType[Batch]):
+    """``8``, or ``1:4:8``."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Batch:
+        return value if isinstance(value, Batch) else Batch.parse(str(value))
 
 
 def preset_option(*names: str, field: str, **attributes: Any) -> Callable[[Command], Command]:
@@ -170,14 +181,17 @@ def calibrate(
 @main.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="ONNX file to write.")
+@click.option("--target", type=choice(Target), default="portable", help="The runtime whose kernels the graph is for.")
+@click.option("--dtype", type=choice(FloatType), default="float32", help="Of all that is not integer (TensorRT).")
+@click.option("--batch", type=BatchSizes(), help="Such as 8, or 1:4:8 (from 1 to 8, tuned for 4).  [default: any]")
 @click.option("--verify/--no-verify", default=True, help="Prove the file equal to the PyTorch reference.")
 @json_option
-def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool) -> None:
+def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices: Any) -> None:
     """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
     from dmq_export.commands.onnx import export_onnx
     from dmq_export.progress import Progress
 
-    export = export_onnx(checkpoint, output, Progress(), verify=verify)
+    export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
 
 

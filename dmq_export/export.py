@@ -4,40 +4,88 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from dmq_export import __version__
+from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.clean import clean_graph
+from dmq_export.errors import ExportError
 from dmq_export.facts import FACTS, model_facts
 from dmq_export.files import atomic_files
+from dmq_export.fold import fold_factors
+from dmq_export.form import LayerForm
+from dmq_export.half import to_float16
+from dmq_export.integer import lower_integer
 from dmq_export.layer import QuantizedLayer
+from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
+from dmq_export.steps import STEP
+from dmq_export.target import FloatType, Target
 from dmq_export.trace import trace_network
 
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights: protobuf refuses messages of 2 GiB, and the graph needs some
 
 
-def onnx_model(checkpoint: Checkpoint) -> ir.Model:
-    """The portable graph of ``checkpoint``, in memory.
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A graph and what was made of each quantized layer in it."""
+
+    model: ir.Model
+    forms: Mapping[str, LayerForm]
+    dtype: FloatType = "float32"
+    batch: Batch | None = None
+
+    @property
+    def scaled(self) -> dict[str, str]:
+        """Why, by layer, the LES and PTS factors stay a ``Mul`` before the quantizer; the portable graph has none."""
+        return {name: form.scaled for name, form in self.forms.items() if form.scaled}
+
+
+def export_graph(
+    checkpoint: Checkpoint, target: Target = "portable", dtype: FloatType = "float32", batch: Batch | None = None
+) -> ExportedGraph:
+    """The graph of ``checkpoint`` for ``target``, in memory; any batch size where ``batch`` does not fix one.
 
     Raises:
         ExportError: the model cannot be traced, or a layer cannot be lowered.
     """
+    if dtype == "float16" and target != "tensorrt":
+        raise ExportError(f"--dtype float16 is for --target tensorrt; the {target} graph is float32")
     model = trace_network(checkpoint)
-    # the exporter leaves stack traces (this machine's paths) on every node
-    common.ClearMetadataAndDocStringPass()(model)
-    lower_portable(model, checkpoint.layers, checkpoint.timesteps)
+    clean_graph(model, None if batch is None else batch.fixed)
+    if target == "portable":
+        forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
+    else:
+        forms = _lower_folded(model, checkpoint, target)
+    if dtype == "float16":
+        to_float16(model)
     common.RemoveUnusedNodesPass()(model)
     common.CheckerPass()(model)
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
-    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, "portable"))
-    return model
+    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target, dtype, batch))
+    return ExportedGraph(model, forms, dtype, batch)
+
+
+def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:
+    folding = fold_factors(model, checkpoint.layers)
+    forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target))
+    return {
+        name: replace(
+            form,
+            input_factor=folding.input_factor.get(name),
+            output_factor=folding.output_factor.get(name),
+            scaled=folding.stays.get(name, ""),
+        )
+        for name, form in forms.items()
+    }
 
 
 def save_onnx(model: ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> None:
@@ -84,7 +132,7 @@ def serialized(model: ir.Model) -> bytes:
 
 def layer_bytes(model: ir.Model, layers: tuple[QuantizedLayer, ...]) -> int:
     """Bytes of all initializers that belong to quantized layers: codes, scales, zero points, tables, biases."""
-    prefixes = tuple(f"{layer.spec.name}/" for layer in layers)
+    prefixes = tuple(f"{layer.spec.name}/" for layer in layers) + ((f"{STEP}/",) if layers else ())
     initializers = model.graph.initializers.items()
     tensors = (value.const_value for name, value in initializers if name.startswith(prefixes))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -19,91 +19,46 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dmq_export.builder import NodeBuilder
-from dmq_export.errors import ExportError
-from dmq_export.layer import LayerSpec, QuantizedLayer
-from dmq_export.trace import DOMAIN
-
-CODES, OUTPUT = "codes", "output"  # what every lowered layer calls its integer input and its result
-
-
-def lower_portable(model: ir.Model, layers: tuple[QuantizedLayer, ...], timesteps: NDArray[np.float32]) -> None:
-    """Replace every ``dmq::Layer`` node of ``model`` in place.
-
-    Precondition: the ``layer`` attributes of these nodes name ``layers``, each once. Postcondition: no such node
-    is left, and the values ``<layer>/codes`` and ``<layer>/output`` exist for each layer.
-
-    Raises:
-        ExportError: the precondition does not hold.
-    """
-    nodes = {node.attributes["layer"].as_string(): node for node in model.graph if node.domain == DOMAIN}
-    by_name = {layer.spec.name: layer for layer in layers}
-    if set(nodes) != set(by_name):
-        odd = sorted(set(nodes) ^ set(by_name))[0]
-        raise ExportError(f"layer {odd}: the traced graph and the checkpoint disagree on whether it exists")
-    row = _step_row(model.graph, timesteps) if any(len(layer.scale) > 1 for layer in layers) else None
-    for name, node in nodes.items():
-        x, y = node.inputs[0], node.outputs[0]
-        if x is None:
-            raise ExportError(f"layer {name}: the traced graph gives it no input")
-        builder = NodeBuilder(model.graph, name)
-        output = _lower_layer(builder, by_name[name], x, row)
-        output.shape, output.type = y.shape, y.type
-        # not onnx_ir's replace_nodes_and_values: that gives the new output the old one's name
-        ir.convenience.replace_all_uses_with(y, output)
-        model.graph.insert_before(node, builder.nodes)
-        model.graph.remove(node, safe=True)
-    model.opset_imports.pop(DOMAIN, None)
+from dmq_export.builder import NodeBuilder, conv_attributes
+from dmq_export.form import LayerForm, plain_form
+from dmq_export.layer import QuantizedLayer
+from dmq_export.lowering import CODES, OUTPUT, channel_axis
+from dmq_export.steps import StepTables
 
 
-def _step_row(graph: ir.Graph, timesteps: NDArray[np.float32]) -> ir.Value:
-    """The row of the calibrated timestep nearest to the ``timestep`` input, the first of two equally near."""
-    timestep = next(value for value in graph.inputs if value.name == "timestep")
-    builder = NodeBuilder(graph, "step")
-    difference = builder.op("Sub", [builder.constant("timesteps", timesteps), timestep], name="difference")
-    distance = builder.op("Abs", [difference], name="distance")
-    row = builder.op("ArgMin", [distance], {"axis": 0, "keepdims": 0}, name="row")
-    graph.insert_before(graph[0], builder.nodes)
-    return row
-
-
-def _lower_layer(builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, row: ir.Value | None) -> ir.Value:
+def lower_portable(
+    builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, steps: StepTables
+) -> tuple[ir.Value, LayerForm]:
+    """The nodes of one layer, see :data:`dmq_export.lowering.LowerLayer`."""
     spec = layer.spec
-    axis = {"axis": _channel_axis(spec, x)}
-    scale, input_scale, zero_point = _activation_qparams(builder, layer, row)
+    axis = {"axis": channel_axis(spec, x)}
+    scale, input_scale, zero_point = _activation_qparams(builder, layer, steps)
     codes_name = CODES if spec.bits.activation == 8 else "unclipped_codes"
     codes = builder.op("QuantizeLinear", [x, input_scale, zero_point], axis, name=codes_name)
     if spec.bits.activation < 8:
         largest = builder.constant("largest_code", np.array(2**spec.bits.activation - 1, np.uint8))
         codes = builder.op("Clip", [codes, None, largest], name=CODES)
     rounded = builder.op("DequantizeLinear", [codes, scale, zero_point], axis, name="rounded_input")
-    return _operator(builder, layer, rounded)
-
-
-def _channel_axis(spec: LayerSpec, x: ir.Value) -> int:
-    """Axis of the channels in ``x``, counted from the front."""
-    if x.shape is None:
-        raise ExportError(f"layer {spec.name}: the traced graph does not know the rank of its input")
-    return spec.channel_axis % x.shape.rank()
+    return _operator(builder, layer, rounded), plain_form(layer)
 
 
 def _activation_qparams(
-    builder: NodeBuilder, layer: QuantizedLayer, row: ir.Value | None
+    builder: NodeBuilder, layer: QuantizedLayer, steps: StepTables
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """``s * 2^-k``, ``tau * s * 2^-k`` and ``z``, each ``[C]``, of the current step."""
-    steps = np.ldexp(np.float32(1), -layer.shift.astype(np.int32)).astype(np.float32)
-    if row is None or len(layer.scale) == 1:
-        scale = np.repeat(layer.scale[0], layer.spec.parts) * steps
+    powers = np.ldexp(np.float32(1), -layer.shift.astype(np.int32)).astype(np.float32)
+    if len(layer.scale) == 1:
+        scale = np.repeat(layer.scale[0], layer.spec.parts) * powers
         return (
             builder.constant("scale", scale),
             builder.constant("input_scale", layer.tau * scale),
             builder.constant("zero_point", np.repeat(layer.zero_point[0], layer.spec.parts)),
         )
-    scale = _of_step(builder, layer, "step_scale", layer.scale, row)
+    scale = _of_step(builder, layer, "step_scale", layer.scale, steps.row)
     if layer.shift.any():
-        scale = builder.op("Mul", [scale, builder.constant("powers_of_two", steps)], name="scale")
+        scale = builder.op("Mul", [scale, builder.constant("powers_of_two", powers)], name="scale")
     input_scale = builder.op("Mul", [builder.constant("tau", layer.tau), scale], name="input_scale")
-    return scale, input_scale, _of_step(builder, layer, "zero_point", layer.zero_point, row)
+    return scale, input_scale, _of_step(builder, layer, "zero_point", layer.zero_point, steps.row)
 
 
 def _of_step(builder: NodeBuilder, layer: QuantizedLayer, name: str, table: NDArray[Any], row: ir.Value) -> ir.Value:
@@ -126,14 +81,8 @@ def _operator(builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value) -> ir.Va
         if bias is None:
             return builder.op("MatMul", [x, weight], name=OUTPUT)
         return builder.op("Add", [builder.op("MatMul", [x, weight], name="product"), bias], name=OUTPUT)
-    attributes = {
-        "kernel_shape": spec.kernel,
-        "strides": spec.stride,
-        "pads": (*spec.padding, *spec.padding),
-        "dilations": spec.dilation,
-        "group": spec.groups,
-    }
-    return builder.op("Conv", [x, weight] if bias is None else [x, weight, bias], attributes, name=OUTPUT)
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    return builder.op("Conv", inputs, conv_attributes(spec, spec.padding), name=OUTPUT)
 
 
 def _weight(builder: NodeBuilder, layer: QuantizedLayer) -> ir.Value:

@@ -15,20 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.errors import CheckFailedError
+from dmq_export.form import LayerForm, LayerValues, along
 from dmq_export.layer import QuantizedLayer
 
 TOLERANCE = 1e-5  # of the largest magnitude of a tensor: float32 sums of some thousand products
-TIE_ULPS = 4  # a code may differ where the unrounded value is this close to a tie
+LARGEST = 1024.0  # no code lies further out; float16 holds it
+TIE_ULPS = 7  # a code may differ where the unrounded value is this close to a tie: the longest path rounds that often
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LayerValues:
-    """One layer in one evaluation: its input, the input's codes, its output."""
+class Precision:
+    """What a graph's float type can keep: the spacing of ``dtype`` at ties, the ``tolerance`` of values."""
 
-    input: Array
-    codes: NDArray[np.uint8]
-    output: Array
+    dtype: type[np.float32] | type[np.float16]
+    tolerance: float
+
+
+FLOAT32 = Precision(np.float32, TOLERANCE)
+FLOAT16 = Precision(np.float16, 3e-2)  # some sixty of its units: sums that cancel, then a norm over them
 
 
 @dataclass(frozen=True)
@@ -47,38 +52,56 @@ class LayerCheck:
     wrong_codes: int
     input_error: float
     output_error: float
+    tolerance: float = TOLERANCE
 
     @property
     def failure(self) -> str | None:
         """What is wrong, or None."""
         if self.wrong_codes:
             return f"layer {self.name}: {self.wrong_codes} activation codes differ from the reference"
-        if self.output_error > TOLERANCE:
-            return f"layer {self.name}: output differs by {self.output_error:.1e} (allowed {TOLERANCE:.0e})"
-        if self.input_error > TOLERANCE:
-            return f"layer {self.name}: the graph before it differs by {self.input_error:.1e} (allowed {TOLERANCE:.0e})"
+        allowed = f"(allowed {self.tolerance:.0e})"
+        if self.output_error > self.tolerance:
+            return f"layer {self.name}: output differs by {self.output_error:.1e} {allowed}"
+        if self.input_error > self.tolerance:
+            return f"layer {self.name}: the graph before it differs by {self.input_error:.1e} {allowed}"
         return None
 
 
-def check_layer(layer: QuantizedLayer, row: int, reference: LayerValues, graph: LayerValues) -> LayerCheck:
-    """Compare a layer's cut with the reference, with the tables' ``row``."""
-    distance = np.abs(reference.codes.astype(np.int16) - graph.codes)
-    differ = distance > 0
-    ties = (distance == 1) & _near_tie(layer, row, reference.input)
+def check_layer(
+    layer: QuantizedLayer,
+    form: LayerForm,
+    row: int,
+    reference: LayerValues,
+    graph: LayerValues,
+    precision: Precision = FLOAT32,
+) -> LayerCheck:
+    """Compare a layer's cut, lowered to ``form``, with the reference, with the tables' ``row``."""
+    expected = form.expected(reference, row)
+    codes = graph.codes.astype(np.int16)
+    differ = expected.codes != codes
+    ties = differ
+    for either in (expected.codes.astype(np.int16), codes):
+        ties = ties & _within_rounding(layer, form, row, reference.input, either, precision)
     return LayerCheck(
         name=layer.spec.name,
         ties=int(ties.sum()),
         wrong_codes=int((differ & ~ties).sum()),
-        input_error=relative_error(reference.input, graph.input),
-        output_error=relative_error(reference.output, graph.output),
+        input_error=relative_error(expected.input, graph.input),
+        output_error=relative_error(expected.output, graph.output, form.cancelled_at(row)),
+        tolerance=precision.tolerance,
     )
 
 
-def relative_error(reference: Array, other: Array) -> float:
-    """Largest difference over the largest magnitude of ``reference``; infinite if anything is not finite."""
+def relative_error(reference: Array, other: Array, cancelled: float = 0.0) -> float:
+    """Largest difference over the largest magnitude; infinite if anything is not finite.
+
+    Args:
+        cancelled: the largest magnitude among terms of the sum that is no longer seen in ``reference``.
+    """
     if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return float("inf")
-    return float(np.abs(reference - other).max() / max(float(np.abs(reference).max()), 1e-30))
+    size = max(float(np.abs(reference).max()), cancelled, 1e-30)
+    return float(np.abs(reference - other.astype(np.float32)).max() / size)
 
 
 def rms_ratio(difference: Array, reference: Array) -> float:
@@ -97,15 +120,21 @@ def require_equal(checks: Sequence[LayerCheck]) -> None:
             raise CheckFailedError(check.failure)
 
 
-def _near_tie(layer: QuantizedLayer, row: int, x: Array) -> NDArray[np.bool_]:
-    """Where ``x / (tau * s * 2^-k)`` lies within float32 rounding of a half-integer and is not clipped."""
+def _within_rounding(
+    layer: QuantizedLayer, form: LayerForm, row: int, x: Array, codes: NDArray[np.int16], precision: Precision
+) -> NDArray[np.bool_]:
+    """Where a code is what ``x / (tau * s * 2^-k)`` rounds to but for the rounding errors on the way to it.
+
+    A graph that adds ``shift`` steps before it rounds does so at the precision of the sum.
+    """
     spec = layer.spec
-    scale = np.repeat(layer.scale[min(row, len(layer.scale) - 1)], spec.parts)
+    current = min(row, len(layer.scale) - 1)
+    scale = np.repeat(layer.scale[current], spec.parts)
     step = layer.tau.astype(np.float64) * scale * np.exp2(-layer.shift.astype(np.float64))
-    shape = [1] * x.ndim
-    shape[spec.channel_axis] = -1
-    value = x / step.reshape(shape)
-    distance = np.abs(value - np.floor(value) - 0.5)
-    code = value + np.repeat(layer.zero_point[min(row, len(layer.scale) - 1)], spec.parts).reshape(shape)
-    unclipped = (code > -1) & (code < 2**spec.bits.activation)
-    return np.asarray(unclipped & (distance <= TIE_ULPS * np.spacing(np.abs(value).astype(np.float32))))
+    value = form.padded(x / along(step, x.ndim, spec.channel_axis))
+    size = np.abs(value) + np.abs(along(form.shift_of_channels(row), x.ndim, spec.channel_axis))
+    zero_point = np.repeat(layer.zero_point[current].astype(np.int16), spec.parts)
+    unrounded = value + along(zero_point, x.ndim, spec.channel_axis)
+    distance = np.abs(codes - unrounded.clip(0, 2**spec.bits.activation - 1))
+    errors = TIE_ULPS * np.spacing(np.minimum(size, LARGEST).astype(precision.dtype)).astype(np.float64)
+    return np.asarray(distance <= 0.5 + errors)

@@ -5,15 +5,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from layers import SPECS, TIMESTEPS, marked_model, random_input, random_layer
+from layers import SPECS, TIMESTEPS, linear, marked_model, random_input, random_layer
 from reference import layer_output, quantize_input
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cut import cut_graph, cut_inputs, cut_outputs
 from dmq_export.export import serialized
+from dmq_export.form import LayerForm, LayerValues, plain_form
 from dmq_export.layer import QuantizedLayer
+from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
-from dmq_export.verify import LayerValues, rms_ratio
+from dmq_export.verify import rms_ratio
 from engines.ort import OnnxSession
 
 Arrays = dict[str, np.ndarray]
@@ -22,10 +24,10 @@ Arrays = dict[str, np.ndarray]
 def cut_layer(layer: QuantizedLayer, x: np.ndarray, given: LayerValues) -> LayerValues:
     """What a graph of one layer says when the network's input is ``x`` and the layer is ``given`` other values."""
     model = marked_model(layer.spec, x)
-    lower_portable(model, (layer,), TIMESTEPS)
-    cut_graph(model, [layer.spec.name])
-    inputs = {"sample": x, "timestep": np.float32(100), **cut_inputs({layer.spec.name: given})}
-    return cut_outputs(OnnxSession(serialized(model)).run(inputs), [layer.spec.name])[layer.spec.name]
+    forms = lower(model, (layer,), TIMESTEPS, lower_portable)
+    cut_graph(model, forms)
+    inputs = {"sample": x, "timestep": np.float32(100), **cut_inputs(forms, {layer.spec.name: given}, 0)}
+    return cut_outputs(forms, OnnxSession(serialized(model)).run(inputs), 0)[layer.spec.name]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -35,17 +37,20 @@ def test_each_piece_of_a_layer_follows_from_what_it_is_given(name: str) -> None:
     codes = quantize_input(layer, other)
     values = cut_layer(layer, x, LayerValues(given, codes.astype(np.uint8), np.empty(0, np.float32)))
     assert np.array_equal(values.input, x)
-    assert values.codes.dtype == np.uint8
     # float32 division may fall on the other side of a tie
     assert (values.codes != quantize_input(layer, given)).mean() < 0.01
     expected = layer_output(layer, other)
     np.testing.assert_allclose(values.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max() + 1e-6)
 
 
+def plain_forms(checkpoint: Checkpoint) -> dict[str, LayerForm]:
+    return {layer.spec.name: plain_form(layer) for layer in checkpoint.layers}
+
+
 @pytest.fixture(scope="module")
 def pieces(tiny_onnx: Path, tiny_checkpoint: Checkpoint) -> OnnxSession:
     model = ir.load(tiny_onnx)
-    cut_graph(model, [layer.spec.name for layer in tiny_checkpoint.layers])
+    cut_graph(model, plain_forms(tiny_checkpoint))
     return OnnxSession(serialized(model))
 
 
@@ -125,8 +130,9 @@ def test_a_cut_network_given_its_own_values_is_the_network(
 
 def test_cutting_leaves_the_values_that_are_compared(tiny_onnx: Path, tiny_checkpoint: Checkpoint) -> None:
     model = ir.load(tiny_onnx)
-    names = [layer.spec.name for layer in tiny_checkpoint.layers]
-    cut_graph(model, names)
+    forms = plain_forms(tiny_checkpoint)
+    names = list(forms)
+    cut_graph(model, forms)
     assert {value.name for value in model.graph.inputs} == {
         "sample",
         "timestep",
@@ -140,8 +146,8 @@ def test_cutting_leaves_the_values_that_are_compared(tiny_onnx: Path, tiny_check
 
 
 def test_reference_values_become_the_inputs_of_the_cut() -> None:
-    values = LayerValues(*(np.full(2, i) for i in range(3)))
-    assert {name: int(value[0]) for name, value in cut_inputs({"a.b": values}).items()} == {
-        "a.b/given_input": 0,
-        "a.b/given_codes": 1,
-    }
+    layer = random_layer(linear(name="a.b"))
+    values = LayerValues(*(np.full((1, 1, 8), i) for i in range(3)))
+    given = cut_inputs({"a.b": plain_form(layer)}, {"a.b": values}, 0)
+    assert {name: int(value.flat[0]) for name, value in given.items()} == {"a.b/given_input": 0, "a.b/given_codes": 1}
+    assert given["a.b/given_codes"].dtype == np.uint8

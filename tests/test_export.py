@@ -20,7 +20,7 @@ from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.export import data_path, layer_bytes, loadable, onnx_model, save_onnx, serialized, weight_bytes
+from dmq_export.export import data_path, export_graph, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.facts import FACTS
 from dmq_export.progress import Progress
 from dmq_export.verify import rms_ratio
@@ -143,7 +143,7 @@ def test_a_file_read_back_serializes_to_the_same_model(tiny_onnx: Path, model: i
 
 
 def test_exporting_again_gives_the_same_file(tiny_onnx: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save_onnx(onnx_model(tiny_checkpoint), tmp_path / "again.onnx")
+    save_onnx(export_graph(tiny_checkpoint).model, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == tiny_onnx.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.onnx"]
 

@@ -11,6 +11,7 @@ from reference import integer_output, layer_output, quantize_input
 from dmq_export.errors import ExportError
 from dmq_export.export import serialized
 from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
 from engines.ort import OnnxSession
 
@@ -18,7 +19,7 @@ from engines.ort import OnnxSession
 def run_portable(layer: QuantizedLayer, x: np.ndarray, timestep: float) -> tuple[np.ndarray, np.ndarray]:
     """Codes and output of the lowered layer in ONNX Runtime."""
     model = marked_model(layer.spec, x)
-    lower_portable(model, (layer,), TIMESTEPS)
+    lower(model, (layer,), TIMESTEPS, lower_portable)
     codes = next(v for v in ir.convenience.create_value_mapping(model.graph).values() if v.name.endswith("/codes"))
     codes.type = ir.TensorType(ir.DataType.UINT8)
     model.graph.outputs.append(codes)
@@ -77,7 +78,7 @@ def test_the_shifted_weights_of_four_bits_fit_int8() -> None:
 def test_four_bit_weights_take_four_bits() -> None:
     layer = random_layer(conv2d(parts=(64,), out_channels=64))
     model = marked_model(layer.spec, random_input(layer.spec))
-    lower_portable(model, (layer,), TIMESTEPS)
+    lower(model, (layer,), TIMESTEPS, lower_portable)
     codes = model.graph.initializers["conv/weight_codes"].const_value
     assert codes is not None
     assert codes.nbytes == layer.codes.size // 2
@@ -86,4 +87,4 @@ def test_four_bit_weights_take_four_bits() -> None:
 def test_a_layer_the_checkpoint_lacks_is_named() -> None:
     layer = random_layer(conv2d(name="other"))
     with pytest.raises(ExportError, match="layer conv: the traced graph and the checkpoint disagree"):
-        lower_portable(marked_model(conv2d(), random_input(conv2d())), (layer,), TIMESTEPS)
+        lower(marked_model(conv2d(), random_input(conv2d())), (layer,), TIMESTEPS, lower_portable)

@@ -12,6 +12,8 @@ import pytest
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
 from dmq_export.errors import CheckFailedError
+from dmq_export.export import ExportedGraph, export_graph
+from dmq_export.form import plain_form
 from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, LayerCheck
 
@@ -26,7 +28,8 @@ def model(tiny_onnx: Path) -> ir.Model:
 
 
 def run(model: ir.Model, checkpoint: Checkpoint) -> Verification:
-    return verify(model, checkpoint, Progress(show=False))
+    forms = {layer.spec.name: plain_form(layer) for layer in checkpoint.layers}
+    return verify(ExportedGraph(model, forms), checkpoint, Progress(show=False))
 
 
 def change(model: ir.Model, name: str, edit: Callable[[np.ndarray], None]) -> None:
@@ -175,3 +178,33 @@ def test_a_verification_adds_its_ties_and_keeps_its_largest_error() -> None:
     checks = (LayerCheck("a", 2, 0, 1e-6, 0.0), LayerCheck("b", 3, 0, 0.0, 4e-6))
     result = Verification(checks, ())
     assert (result.ties, result.largest_error) == (5, 4e-6)
+
+
+@pytest.fixture(scope="module", params=["tensorrt", "openvino"])
+def lowered(request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint) -> ExportedGraph:
+    return export_graph(tiny_checkpoint, request.param)
+
+
+def test_a_lowered_graph_is_the_reference(lowered: ExportedGraph, tiny_checkpoint: Checkpoint) -> None:
+    assert any(form.input_factor is not None for form in lowered.forms.values())  # folding is verified too
+    assert any(form.padding for form in lowered.forms.values())  # and so are borders
+    result = verify(lowered, tiny_checkpoint, Progress(show=False))
+    assert all(check.wrong_codes == 0 for check in result.checks)
+    assert result.largest_error <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "edit"),
+    [
+        (CONV, "weight_codes", at(17, lambda code: code + 1)),
+        (CONV, "factor", at(0, lambda factor: factor * 1.05)),
+        (SPLIT, "weight_scale_1", at(0, lambda scale: scale * 1.01)),
+    ],
+)
+def test_one_wrong_number_in_a_lowered_graph_is_found_and_the_layer_named(
+    lowered: ExportedGraph, tiny_checkpoint: Checkpoint, layer: str, name: str, edit: Callable[[np.ndarray], None]
+) -> None:
+    model = lowered.model.clone()
+    change(model, f"{layer}/{name}", edit)
+    with pytest.raises(CheckFailedError, match=f"^layer {layer}: "):
+        verify(replace(lowered, model=model), tiny_checkpoint, Progress(show=False))

@@ -10,11 +10,11 @@ from layers import conv2d, linear, random_input, random_layer, specs
 from reference import layer_output, quantize_input
 
 from dmq_export.errors import CheckFailedError
+from dmq_export.form import LayerValues, plain_form
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.verify import (
     TOLERANCE,
     LayerCheck,
-    LayerValues,
     check_layer,
     relative_error,
     require_equal,
@@ -37,6 +37,9 @@ def plain_layer(**changes: object) -> QuantizedLayer:
     return replace(layer, **ones, zero_point=np.full_like(layer.zero_point, 100), **changes)
 
 
+PLAIN = plain_layer()
+
+
 def codes_of(x: np.ndarray, codes: np.ndarray) -> LayerValues:
     return LayerValues(x, codes.astype(np.uint8), np.ones(1, np.float32))
 
@@ -46,7 +49,7 @@ def codes_of(x: np.ndarray, codes: np.ndarray) -> LayerValues:
 def test_equal_values_pass(spec: LayerSpec, steps: int, seed: int) -> None:
     layer = random_layer(spec, steps=steps, seed=seed)
     reference = values(layer, random_input(spec, seed=seed), steps - 1)
-    check = check_layer(layer, steps - 1, reference, reference)
+    check = check_layer(layer, plain_form(layer), steps - 1, reference, reference)
     assert check == LayerCheck(spec.name, ties=0, wrong_codes=0, input_error=0.0, output_error=0.0)
     assert check.failure is None
     require_equal([check])
@@ -60,7 +63,7 @@ def test_a_code_that_differs_where_there_is_no_tie_fails(spec: LayerSpec, seed: 
     where = np.unravel_index(data.draw(st.integers(0, reference.codes.size - 1)), reference.codes.shape)
     codes = reference.codes.copy()
     codes[where] ^= 1
-    check = check_layer(layer, 0, reference, replace(reference, codes=codes))
+    check = check_layer(layer, plain_form(layer), 0, reference, replace(reference, codes=codes))
     assert (check.ties, check.wrong_codes) == (0, 1)
     assert check.failure == f"layer {spec.name}: 1 activation codes differ from the reference"
 
@@ -81,7 +84,7 @@ def test_codes_that_differ_at_ties_are_counted_and_do_not_fail(spec: LayerSpec, 
     down, up = (below + zero_point).clip(0, highest), (below + 1 + zero_point).clip(0, highest)
     output = np.ones(1, np.float32)
     reference, graph = LayerValues(x, down.astype(np.uint8), output), LayerValues(x, up.astype(np.uint8), output)
-    check = check_layer(layer, row, reference, graph)
+    check = check_layer(layer, plain_form(layer), row, reference, graph)
     assert (check.ties, check.wrong_codes) == ((down != up).sum(), 0)
     assert check.failure is None
 
@@ -92,7 +95,7 @@ def test_a_value_a_few_ulps_from_a_tie_is_a_tie(value: float, ulps: int) -> None
     near = np.float32(value) + ulps * np.spacing(np.float32(value))
     x = np.full((1, 1, 8), near, np.float32)
     down = np.full_like(x, np.floor(value) + 100)
-    check = check_layer(plain_layer(), 0, codes_of(x, down), codes_of(x, down + 1))
+    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, down), codes_of(x, down + 1))
     assert (check.ties, check.wrong_codes) == (8, 0)
 
 
@@ -101,14 +104,14 @@ def test_a_value_a_few_ulps_from_a_tie_is_a_tie(value: float, ulps: int) -> None
 def test_a_value_further_away_is_none(value: float, distance: float) -> None:
     x = np.full((1, 1, 8), value + distance, np.float32)
     codes = np.full_like(x, 100)
-    check = check_layer(plain_layer(), 0, codes_of(x, codes), codes_of(x, codes + 1))
+    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 1))
     assert (check.ties, check.wrong_codes) == (0, 8)
 
 
 def test_a_tie_excuses_one_step_and_no_more() -> None:
     x = np.full((1, 1, 8), 2.5, np.float32)
     codes = np.full_like(x, 102)
-    check = check_layer(plain_layer(), 0, codes_of(x, codes), codes_of(x, codes + 2))
+    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 2))
     assert (check.ties, check.wrong_codes) == (0, 8)
 
 
@@ -117,14 +120,16 @@ def test_ties_are_those_of_the_step_that_was_run() -> None:
     layer = replace(layer, scale=np.array([[1.0], [0.4]], np.float32), zero_point=np.full((2, 1), 100, np.uint8))
     x = np.full((1, 1, 8), 0.5, np.float32)  # 0.5 steps in the first row, 1.25 in the second
     codes = np.full_like(x, 100)
-    at_first, at_second = (check_layer(layer, row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1))
+    at_first, at_second = (
+        check_layer(layer, plain_form(layer), row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1)
+    )
     assert (at_first.ties, at_second.wrong_codes) == (8, 8)
 
 
 def test_a_static_layer_has_the_same_ties_at_every_step() -> None:
     x = np.full((1, 1, 8), 0.5, np.float32)
     codes = np.full_like(x, 100)
-    assert check_layer(plain_layer(), 2, codes_of(x, codes), codes_of(x, codes + 1)).ties == 8
+    assert check_layer(PLAIN, plain_form(PLAIN), 2, codes_of(x, codes), codes_of(x, codes + 1)).ties == 8
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_values_may_differ_by_the_tolerance_and_no_more(what: str, message: str)
     for share, fails in ((0.5, False), (2.0, True)):
         changed = original.copy()
         changed[where] += share * TOLERANCE * np.abs(original).max()
-        check = check_layer(layer, 0, reference, replace(reference, **{what: changed}))
+        check = check_layer(layer, plain_form(layer), 0, reference, replace(reference, **{what: changed}))
         assert getattr(check, f"{what}_error") == pytest.approx(share * TOLERANCE, rel=0.1)
         assert (check.failure or "").startswith(message) is fails
 
@@ -155,7 +160,7 @@ def test_what_is_not_finite_never_passes(what: str, bad: float) -> None:
     for pair in ((reference, broken), (broken, broken), (broken, reference)):
         # a NaN input has no codes to compare with; the error is what counts
         with np.errstate(invalid="ignore"):
-            assert check_layer(layer, 0, *pair).failure is not None
+            assert check_layer(layer, plain_form(layer), 0, *pair).failure is not None
 
 
 def test_relative_error_is_of_the_largest_magnitude() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.verification import Verification
@@ -21,6 +22,7 @@ class Export:
     Attributes:
         quantized_bytes: of everything that belongs to quantized layers.
         float32_bytes: of the same layers' weights and biases in float32.
+        scaled: why the LES and PTS factors stay a Mul before the quantizer, by layer.
         verification: None where it was not asked for.
     """
 
@@ -28,6 +30,7 @@ class Export:
     file_bytes: int
     quantized_bytes: int
     float32_bytes: int
+    scaled: dict[str, str]
     verification: Verification | None
 
     def text(self) -> str:
@@ -36,32 +39,39 @@ class Export:
         lines = [
             f"{self.path}  {self.file_bytes / 1024:.0f} KiB",
             f"quantized layers take {self.quantized_bytes / 1024:.0f} KiB, {ratio:.3f} of their float32 size",
+            *_scaled_lines(self.scaled),
             *(_verification_lines(self.verification) if self.verification else ["not verified"]),
         ]
         return "\n".join(lines)
 
 
-def export_onnx(checkpoint_folder: Path, output: Path, progress: Progress, *, verify: bool = True) -> Export:
-    """Export the checkpoint to the portable graph and prove it equal to the PyTorch reference.
+def export_onnx(
+    checkpoint_folder: Path, output: Path, progress: Progress, *, verify: bool = True, **choices: Any
+) -> Export:
+    """Export the checkpoint and prove the graph equal to the PyTorch reference.
+
+    Args:
+        choices: target, type and batch, see :func:`dmq_export.export.export_graph`.
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
         CheckFailedError: the graph differs from the reference; nothing is written then.
     """
-    from dmq_export.export import data_path, layer_bytes, onnx_model, save_onnx
+    from dmq_export.export import data_path, export_graph, layer_bytes, save_onnx
 
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
     with progress.stage("ONNX", 1, "graph") as advance:
-        model = onnx_model(checkpoint)
+        graph = export_graph(checkpoint, **choices)
         advance(1)
-    verification = verify_graph(model, checkpoint, progress) if verify else None
-    save_onnx(model, output)
+    verification = verify_graph(graph, checkpoint, progress) if verify else None
+    save_onnx(graph.model, output)
     return Export(
         path=output,
         file_bytes=sum(path.stat().st_size for path in (output, data_path(output)) if path.is_file()),
-        quantized_bytes=layer_bytes(model, checkpoint.layers),
+        quantized_bytes=layer_bytes(graph.model, checkpoint.layers),
         float32_bytes=sum(_float32_bytes(layer) for layer in checkpoint.layers),
+        scaled=graph.scaled,
         verification=verification,
     )
 
@@ -70,15 +80,23 @@ def _float32_bytes(layer: QuantizedLayer) -> int:
     return 4 * (layer.codes.size + (0 if layer.bias is None else layer.bias.size))
 
 
+def _scaled_lines(scaled: dict[str, str]) -> list[str]:
+    """Where factors stay a Mul, and why."""
+    if not scaled:
+        return []
+    rows = list(scaled.items())
+    return [f"{len(rows)} layers keep a Mul by their LES and PTS factors:", "", table(("layer", "because"), rows), ""]
+
+
 def _verification_lines(verification: Verification) -> list[str]:
     rows = [
         (f"{step.timestep:g}", f"{step.graph:.1e}", f"{step.perturbed:.1e}", f"{step.quantization:.1e}")
         for step in verification.drift
     ]
-    header = ("timestep", "graph to reference", "reference, perturbed by 1e-6", "reference to float")
+    header = ("timestep", "graph to reference", "reference, perturbed", "reference to float")
     return [
         f"verified: {len(verification.checks)} comparisons with the reference on identical inputs, all codes equal "
-        f"({verification.ties} at ties), largest relative error {verification.largest_error:.1e}",
+        f"but for {verification.ties} at ties, largest relative error {verification.largest_error:.1e}",
         "",
         table(header, rows, right=(0, 1, 2, 3)),
     ]

@@ -7,7 +7,7 @@ would change it, or, where that happens to flip no code at all, as far as quanti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +16,24 @@ from numpy.typing import NDArray
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import CheckFailedError
 from dmq_export.progress import Progress
-from dmq_export.verify import TOLERANCE, LayerCheck, check_layer, relative_error, require_equal, rms_ratio
+from dmq_export.verify import (
+    FLOAT16,
+    FLOAT32,
+    TOLERANCE,
+    LayerCheck,
+    check_layer,
+    relative_error,
+    require_equal,
+    rms_ratio,
+)
 
 if TYPE_CHECKING:
     from calib.reference import ReferenceModel
+    from dmq_export.export import ExportedGraph
     from engines.ort import OnnxSession
 
-PERTURBATION = 1e-6  # relative, of every layer's input
+PRECISIONS = {"float32": FLOAT32, "float16": FLOAT16}
+PERTURBATION = {"float32": 1e-6, "float16": 1e-3}  # relative, of every layer's input
 PERTURBED_RUNS = 4
 DRIFT_FACTOR = 3.0  # how much further than the furthest of these runs the graph may be
 
@@ -33,7 +44,8 @@ class StepDrift:
 
     Attributes:
         graph: of the ONNX graph to the reference.
-        perturbed: of the reference to itself with every layer's input changed by 1e-6; the largest of several runs.
+        perturbed: of the reference to itself with every layer's input changed by 1e-6 (float16: 1e-3); the largest of
+            several runs.
         quantization: of the reference to the float model.
     """
 
@@ -59,8 +71,8 @@ class Verification:
         return max(max(check.input_error, check.output_error) for check in self.checks)
 
 
-def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verification:
-    """Prove ``model`` (an ``onnx_ir`` model) equal to the reference on the checkpoint's probe.
+def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> Verification:
+    """Prove ``graph`` equal to the reference on the checkpoint's probe.
 
     Raises:
         CheckFailedError: it is not; the message names the first layer that differs.
@@ -72,27 +84,29 @@ def verify(model: Any, checkpoint: Checkpoint, progress: Progress) -> Verificati
     from dmq_export.export import loadable
     from engines.ort import OnnxSession
 
+    if graph.batch is not None and graph.batch.fixed is not None:
+        checkpoint = replace(checkpoint, probe=checkpoint.probe.resized(graph.batch.fixed))
     reference = load_reference(checkpoint, torch.device("cpu"))
-    with loadable(model) as loaded:
+    with loadable(graph.model) as loaded:
         whole = OnnxSession(loaded)
-    cut = model.clone()
-    cut_graph(cut, [layer.spec.name for layer in checkpoint.layers])
+    cut = graph.model.clone()
+    cut_graph(cut, graph.forms)
     with loadable(cut) as loaded:
         pieces = OnnxSession(loaded)
     checks: list[LayerCheck] = []
     drift: list[StepDrift] = []
     with progress.stage("verification", len(checkpoint.probe.timesteps), "step") as advance:
         for step in range(len(checkpoint.probe.timesteps)):
-            checks += _check_layers(checkpoint, step, reference, pieces)
+            checks += _check_layers(checkpoint, step, reference, pieces, graph)
             require_equal(checks)
-            drift.append(_drift(checkpoint, step, reference, whole))
+            drift.append(_drift(checkpoint, step, reference, whole, PERTURBATION[graph.dtype]))
             advance(1)
     _require_no_drift(drift)
     return Verification(tuple(checks), tuple(drift))
 
 
 def _check_layers(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, pieces: OnnxSession
+    checkpoint: Checkpoint, step: int, reference: ReferenceModel, pieces: OnnxSession, graph: ExportedGraph
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.reference import record_layers
@@ -100,17 +114,19 @@ def _check_layers(
     from dmq_export.trace import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
-    outputs = pieces.run({**_arrays(checkpoint, step), **cut_inputs(values)})
-    graph = cut_outputs(outputs, list(values))
-    checks = [
-        check_layer(layer, reference.index.row, values[layer.spec.name], graph[layer.spec.name])
-        for layer in checkpoint.layers
-    ]
+    row, forms = reference.index.row, graph.forms
+    precision = PRECISIONS[graph.dtype]
+    outputs = pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
+    said = cut_outputs(forms, outputs, row)
+    names = [(layer, layer.spec.name) for layer in checkpoint.layers]
+    checks = [check_layer(layer, forms[name], row, values[name], said[name], precision) for layer, name in names]
     last = relative_error(prediction.numpy(), outputs[OUTPUT])
-    return [*checks, LayerCheck("(network output)", 0, 0, last, 0.0)]
+    return [*checks, LayerCheck("(network output)", 0, 0, last, 0.0, precision.tolerance)]
 
 
-def _drift(checkpoint: Checkpoint, step: int, reference: ReferenceModel, whole: OnnxSession) -> StepDrift:
+def _drift(
+    checkpoint: Checkpoint, step: int, reference: ReferenceModel, whole: OnnxSession, relative: float
+) -> StepDrift:
     from calib.reference import perturbed
 
     sample, timestep, conditioning = _tensors(checkpoint, step)
@@ -118,7 +134,7 @@ def _drift(checkpoint: Checkpoint, step: int, reference: ReferenceModel, whole: 
     (prediction,) = whole.run(_arrays(checkpoint, step)).values()
     others = []
     for run in range(PERTURBED_RUNS):
-        with perturbed(reference, PERTURBATION, seed=run):
+        with perturbed(reference, relative, seed=run):
             others.append(reference(sample, timestep, **conditioning).numpy())
     return StepDrift(
         timestep=timestep,

@@ -1,0 +1,214 @@
+"""The graphs that integer kernels execute: int8 carriers, one constant scale per quantizer (TensorRT, OpenVINO).
+
+A layer becomes, without what does not apply to it::
+
+    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) -- Conv - Mul(gain) - Add(bias)
+                                                      W (INT8) - DQ(s_w * 2^-K) -/
+
+``Mul(factor)`` is there where the LES and PTS factors could not be folded; ``Mul(ratio)``, ``Mul(gain)`` and an ``Add``
+of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)`` where 8-bit codes are asymmetric and the
+kernel's zero point is fixed; ``Clip`` where the codes take fewer than 8 bits. The parts of a split layer are
+quantized apart and their products added. See ``docs/lowerings.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dmq_export.builder import NodeBuilder, conv_attributes
+from dmq_export.carrier import Carrier, part_carrier
+from dmq_export.encoding import Encoding, part_encoding
+from dmq_export.form import LayerForm
+from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.lowering import CODES, OUTPUT, LowerLayer, channel_axis
+from dmq_export.steps import StepTables
+from dmq_export.target import Target
+
+SCALED, STEPPED = "scaled", "stepped"  # the Mul of the LES and PTS factors, and that of the step's scale
+
+
+def lower_integer(target: Target) -> LowerLayer:
+    """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`."""
+
+    def lower_layer(
+        builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, tables: StepTables
+    ) -> tuple[ir.Value, LayerForm]:
+        parts = range(len(layer.spec.parts))
+        carriers = [part_carrier(layer, part) for part in parts]
+        encodings = [part_encoding(layer, part, target) for part in parts]
+        corrections = _corrections(encodings, carriers)
+        form = _form(layer, encodings, corrections)
+        steps = _Steps(builder, tables)
+        inputs = _part_inputs(builder, layer.spec, x)
+        products = [
+            _product(steps, form, *part) for part in zip(form.suffixes, inputs, encodings, carriers, strict=True)
+        ]
+        return _sum(steps, layer, products, _bias(layer, corrections)), form
+
+    return lower_layer
+
+
+class _Steps:
+    """Constants, and tables with a row per step, as values of the graph."""
+
+    def __init__(self, builder: NodeBuilder, tables: StepTables) -> None:
+        self.builder = builder
+        self.tables = tables
+
+    def value(self, name: str, table: NDArray[Any]) -> ir.Value:
+        """``table [T, ...]`` as its current row, a constant where there is one row; one number as ``[1]`` or scalar."""
+        if len(table) == 1:
+            return self.builder.constant(name, table[0])
+        return self.tables.value(f"{self.builder.prefix}/{name}", table.reshape(len(table), -1, *table.shape[2:]))
+
+
+def _form(layer: QuantizedLayer, encodings: list[Encoding], corrections: NDArray[np.float64]) -> LayerForm:
+    spec = layer.spec
+    rows = len(layer.scale)
+    shift = np.stack([np.broadcast_to(part.shift, rows) for part in encodings], axis=1)
+    return LayerForm(
+        spec=spec,
+        suffixes=("",) if len(encodings) == 1 else tuple(f"_{part}" for part in range(len(encodings))),
+        container=encodings[0].container,
+        zero_point=layer.zero_point.astype(np.int32),
+        offset=np.stack([np.broadcast_to(part.offset, rows) for part in encodings], axis=1),
+        shift=shift,
+        cancelled=np.abs(corrections).max(axis=1),
+        padding=spec.padding if shift.any() and any(spec.padding) else (),
+    )
+
+
+def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.Value]:
+    """What each part reads: where ``x`` was concatenated from just these, the pieces themselves."""
+    if len(spec.parts) == 1:
+        return [x]
+    axis = channel_axis(spec, x)
+    producer = x.producer()
+    if producer is not None and producer.op_type == "Concat":
+        pieces = [piece for piece in producer.inputs if piece is not None and piece.shape is not None]
+        sizes = [piece.shape[axis] for piece in pieces if piece.shape is not None]
+        if producer.attributes["axis"].as_int() % len(pieces[0].shape or ()) == axis and sizes == list(spec.parts):
+            return pieces
+    axes = builder.constant("channel_axis", np.array([axis], np.int64))
+    slices = []
+    for part, channels in enumerate(spec.part_slices()):
+        ends = [
+            builder.constant(f"{name}_{part}", np.array([end], np.int64))
+            for name, end in (("first_channel", channels.start), ("end_channel", channels.stop))
+        ]
+        piece = builder.op("Slice", [x, *ends, axes], name=f"part_{part}")
+        sizes = list(x.shape or ())
+        sizes[axis] = spec.parts[part]
+        piece.shape, piece.type = ir.Shape(sizes), x.type
+        slices.append(piece)
+    return slices
+
+
+def _product(
+    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, carrier: Carrier
+) -> ir.Value:
+    """One part's operator on its rounded input, in the units of the layer's output, without bias."""
+    builder, spec = steps.builder, form.spec
+    rounded = _rounded(steps, form, suffix, x, encoding)
+    linear = spec.kind == "linear"
+    codes = builder.constant(f"weight_codes{suffix}", carrier.codes.T if linear else carrier.codes)
+    scale = builder.constant(f"weight_scale{suffix}", carrier.scale)
+    weight = builder.op("DequantizeLinear", [codes, scale], {"axis": int(linear)}, name=f"weight{suffix}")
+    if linear:
+        product = builder.op("MatMul", [rounded, weight], name=f"product{suffix}")
+    else:
+        padding = (0,) * len(spec.padding) if form.padding else spec.padding
+        product = builder.op("Conv", [rounded, weight], conv_attributes(spec, padding), name=f"product{suffix}")
+    if (encoding.gain == 1).all():
+        return product
+    return builder.op("Mul", [product, steps.value(f"gain{suffix}", encoding.gain)], name=f"gained{suffix}")
+
+
+def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:
+    """``x / tau * 2^k`` rounded to the part's codes and back, in steps of the constant scale."""
+    builder, scale = steps.builder, encoding.scale
+    if (encoding.ratio != 1).any():  # before the factor: a runtime folds a constant per channel into the quantizer
+        x = builder.op("Mul", [x, steps.value(f"ratio{suffix}", encoding.ratio)], name=f"{STEPPED}{suffix}")
+    # OpenVINO (2026.4) loses constant bounds between a factor per channel and the quantizer
+    early = encoding.container is np.uint8 and encoding.bounds is not None and len(encoding.bounds) == 1
+    if early:
+        x = _clipped(steps, form, suffix, x, encoding, 1 / encoding.factor.astype(np.float64))
+    if (encoding.factor != 1).any():
+        factor = builder.constant(f"factor{suffix}", _over_channels(form.spec, encoding.factor[None])[0])
+        x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
+    if form.padding:
+        sides = (0, 0, *form.padding)
+        pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
+        x = builder.op("Pad", [x, pads], name=f"padded{suffix}")
+    if encoding.shift.any():
+        shift = steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))
+        x = builder.op("Add", [x, shift], name=f"shifted{suffix}")
+    if encoding.bounds is not None and not early:
+        x = _clipped(steps, form, suffix, x, encoding, np.ones(1))
+    qparams = [
+        builder.constant(f"scale{suffix}", np.asarray(scale)),
+        builder.constant(f"zero_point{suffix}", np.array(encoding.zero_point, encoding.container)),
+    ]
+    codes = builder.op("QuantizeLinear", [x, *qparams], name=f"{CODES}{suffix}")
+    return builder.op("DequantizeLinear", [codes, *qparams], name=f"rounded_input{suffix}")
+
+
+def _clipped(
+    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, unit: NDArray[np.float64]
+) -> ir.Value:
+    """``x`` within the bounds, in steps of ``scale * unit``; ``unit`` is ``[C]`` or ``[1]``."""
+    assert encoding.bounds is not None
+    builder = steps.builder
+    ends = [(encoding.bounds[:, side, None] * (float(encoding.scale) * unit)).astype(np.float32) for side in range(2)]
+    low, high = (
+        steps.value(f"{name}{suffix}", _over_channels(form.spec, end))
+        for name, end in zip(("lowest", "highest"), ends, strict=True)
+    )
+    if encoding.container is np.int8 and len(encoding.bounds) == 1:
+        return builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
+    # Clip takes scalars; these are rows of a table, or one per channel
+    raised = builder.op("Max", [x, low], name=f"raised{suffix}")
+    return builder.op("Min", [raised, high], name=f"clipped{suffix}")
+
+
+def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:
+    """``[T, C]`` so that a row broadcasts over the channels of the input or output; ``[T, 1]`` to ``[T]``."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows.reshape(*rows.shape, *[1] * len(spec.kernel))
+
+
+def _corrections(encodings: list[Encoding], carriers: list[Carrier]) -> NDArray[np.float64]:
+    """``sum_p s_t * shift_t * sum(w)``, what the shifts add to the products, ``[T, O]``."""
+    total = np.zeros((1, len(carriers[0].scale)))
+    for encoding, carrier in zip(encodings, carriers, strict=True):
+        steps = encoding.step_scale.astype(np.float64) * encoding.shift
+        total = total + steps[:, None] * carrier.sums()
+    return total
+
+
+def _bias(layer: QuantizedLayer, corrections: NDArray[np.float64]) -> NDArray[np.float32] | None:
+    """``b`` without the corrections, ``[T, O]``; None where that is nothing."""
+    if layer.bias is None and not corrections.any():
+        return None
+    bias = 0 if layer.bias is None else layer.bias.astype(np.float64)
+    return np.asarray(bias - corrections, np.float32)
+
+
+def _sum(steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None) -> ir.Value:
+    """The parts' products and the bias, the last node called ``<layer>/output``."""
+    builder, total = steps.builder, products[-1]
+    producer = total.producer()
+    if bias is not None and len(bias) == 1 and producer is not None and producer.op_type == "Conv":
+        conv_bias = builder.constant("bias", bias[0])
+        producer.resize_inputs(3)
+        producer.replace_input_with(2, conv_bias)
+        bias = None
+    for product in products[:-1]:
+        total = builder.op("Add", [product, total], name="sum")
+    if bias is not None:
+        added = steps.value("bias", _over_channels(layer.spec, bias))
+        total = builder.op("Add", [total, added], name="biased")
+    return builder.renamed(total, OUTPUT)
