@@ -130,7 +130,7 @@ def remembering(fit: Callable[..., LesResult]) -> Callable[..., LesResult]:
 def score(source: SourceModel, recipe: Recipe) -> Score:
     """Calibrate and measure."""
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
+    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu"), workers=1), Progress(show=False))
     sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
     expected, drawn = _pictures(checkpoint)
     return Score(float(np.mean(sqnr)), min(sqnr), psnr(expected, drawn))

@@ -112,7 +112,7 @@ def ours(run: Run) -> Outcome:
     source, recipe = load_model(Path(run.model), torch.device("cpu")), _recipe(run)
     start = time.perf_counter()
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
+    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu"), workers=1), Progress(show=False))
     seconds = time.perf_counter() - start
     return _outcome(source, recipe, load_reference(checkpoint, torch.device("cpu")), seconds, seconds)
 

@@ -39,6 +39,7 @@ class ExportedGraph:
 
     model: ir.Model
     forms: Mapping[str, LayerForm]
+    target: Target = "portable"
     dtype: FloatType = "float32"
     batch: Batch | None = None
 
@@ -71,7 +72,7 @@ def export_graph(
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
     model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target, dtype, batch))
-    return ExportedGraph(model, forms, dtype, batch)
+    return ExportedGraph(model, forms, target, dtype, batch)
 
 
 def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:

@@ -20,8 +20,6 @@ from engines.ort import OnnxSession
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "verify_tensorrt.sh"
 OPTIONS = {name: {option for each in command.params for option in each.opts} for name, command in main.commands.items()}
-# the script is for graphs that `onnx --target tensorrt` makes; this goes with the change that brings the option
-before_lowerings = pytest.mark.xfail("--target" not in OPTIONS["onnx"], reason="onnx has no --target yet", strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,6 @@ def test_without_a_checkpoint_it_says_how_it_is_used() -> None:
     assert "scripts/verify_tensorrt.sh CHECKPOINT [FOLDER] [BATCH]" in result.stderr
 
 
-@before_lowerings
 def test_every_command_and_option_it_uses_exists() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
     lines = re.findall(r"^\s*run dmq-export ([a-z]\S*)(.*)$", text, re.M)
@@ -60,7 +57,6 @@ def test_every_command_and_option_it_uses_exists() -> None:
         assert set(re.findall(r"\s(--?[a-z][a-z-]*)", rest)) <= OPTIONS[name], name
 
 
-@before_lowerings
 def test_every_value_it_chooses_is_allowed() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
     chosen = dict(re.findall(r"(--[a-z-]+) ([a-z0-9]+)\b", " ".join(re.findall(r"run dmq-export.*", text))))

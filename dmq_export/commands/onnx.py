@@ -11,6 +11,7 @@ from dmq_export.commands.verification import Verification
 from dmq_export.commands.verification import verify as verify_graph
 from dmq_export.files import require_file
 from dmq_export.layer import QuantizedLayer
+from dmq_export.lint import Finding, findings_table, lint_model, require_buildable
 from dmq_export.progress import Progress
 from dmq_export.table import table
 
@@ -23,6 +24,7 @@ class Export:
         quantized_bytes: of everything that belongs to quantized layers.
         float32_bytes: of the same layers' weights and biases in float32.
         scaled: why the LES and PTS factors stay a Mul before the quantizer, by layer.
+        findings: of TensorRT's rules; None for other targets.
         verification: None where it was not asked for.
     """
 
@@ -31,6 +33,7 @@ class Export:
     quantized_bytes: int
     float32_bytes: int
     scaled: dict[str, str]
+    findings: tuple[Finding, ...] | None
     verification: Verification | None
 
     def text(self) -> str:
@@ -40,6 +43,7 @@ class Export:
             f"{self.path}  {self.file_bytes / 1024:.0f} KiB",
             f"quantized layers take {self.quantized_bytes / 1024:.0f} KiB, {ratio:.3f} of their float32 size",
             *_scaled_lines(self.scaled),
+            *([] if self.findings is None else [findings_table(self.findings), ""]),
             *(_verification_lines(self.verification) if self.verification else ["not verified"]),
         ]
         return "\n".join(lines)
@@ -55,7 +59,7 @@ def export_onnx(
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
-        CheckFailedError: the graph differs from the reference; nothing is written then.
+        CheckFailedError: TensorRT would refuse the graph, or it differs from the reference; nothing is written then.
     """
     from dmq_export.export import data_path, export_graph, layer_bytes, save_onnx
 
@@ -64,6 +68,8 @@ def export_onnx(
     with progress.stage("ONNX", 1, "graph") as advance:
         graph = export_graph(checkpoint, **choices)
         advance(1)
+    findings = lint_model(graph.model) if graph.target == "tensorrt" else None
+    require_buildable(findings or (), str(output))
     verification = verify_graph(graph, checkpoint, progress) if verify else None
     save_onnx(graph.model, output)
     return Export(
@@ -72,6 +78,7 @@ def export_onnx(
         quantized_bytes=layer_bytes(graph.model, checkpoint.layers),
         float32_bytes=sum(_float32_bytes(layer) for layer in checkpoint.layers),
         scaled=graph.scaled,
+        findings=findings,
         verification=verification,
     )
 
