@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from dmq_export.errors import DmqError
@@ -20,12 +21,14 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
     """The scheduler ``config`` describes, or the one called ``name`` with that configuration, set to ``steps``.
 
     Raises:
-        DmqError: no scheduler is named anywhere, diffusers has none of that name, or it does not take the step count.
+        DmqError: no scheduler is named anywhere, diffusers is not installed or has none of that name, or it does not
+            take the step count.
     """
-    import diffusers
-
     if name is not None and name not in SCHEDULERS:
         raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
+    _require_diffusers(name or str(config.get("_class_name")))
+    import diffusers
+
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
     if class_name is None:
         raise DmqError(
@@ -40,6 +43,14 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
     except ValueError as error:
         raise DmqError(f"{class_name} does not take {steps} steps: {error}") from error
     return scheduler
+
+
+def _require_diffusers(scheduler: str) -> None:
+    if not (find_spec("torch") and find_spec("diffusers")):
+        raise DmqError(
+            f"scheduler {scheduler} needs diffusers and torch, which are not installed: pip install diffusers torch; "
+            "DDIM needs neither, unless it is to do thresholding, zero-SNR rescaling or trained betas"
+        )
 
 
 def step_options(scheduler: Any, *, eta: float, generators: Sequence[Any]) -> dict[str, Any]:

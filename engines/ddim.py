@@ -157,8 +157,10 @@ def alphas_cumprod(settings: DdimSettings) -> Array:
         DmqError: the betas are not between 0 and 1.
     """
     betas = _betas(settings)
-    if not (0 < betas.min() and betas.max() < 1):
-        raise DmqError(f"betas from {betas.min():g} to {betas.max():g} are no noise schedule: between 0 and 1 is allowed")
+    if not (betas.min() > 0 and betas.max() < 1):
+        raise DmqError(
+            f"betas from {betas.min():g} to {betas.max():g} are no noise schedule: between 0 and 1 is allowed"
+        )
     # PyTorch accumulates in double and rounds every element
     return np.cumprod((ONE - betas).astype(np.float64)).astype(np.float32)
 
@@ -182,13 +184,17 @@ def _linspace(start: float, end: float, count: int) -> Array:
     step = np.float64((last - first) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
     rising, falling = np.float64(first) + step * index, np.float64(last) - step * (count - 1 - index)
-    return np.where(index < count // 2, rising, falling).astype(np.float32)
+    values: Array = np.where(index < count // 2, rising, falling).astype(np.float32)
+    return values
 
 
 def _timesteps(settings: DdimSettings, steps: int) -> NDArray[np.int64]:
     trained = settings.num_train_timesteps
     if settings.timestep_spacing == "linspace":
-        return np.linspace(0, trained - 1, steps).round()[::-1].astype(np.int64)
-    if settings.timestep_spacing == "leading":
-        return np.arange(steps)[::-1].astype(np.int64) * (trained // steps) + settings.steps_offset
-    return np.round(np.arange(trained, 0, -(trained / steps))).astype(np.int64) - 1
+        spaced = np.linspace(0, trained - 1, steps).round()[::-1]
+    elif settings.timestep_spacing == "leading":
+        spaced = np.arange(steps)[::-1] * (trained // steps) + settings.steps_offset
+    else:
+        spaced = np.round(np.arange(trained, 0, -(trained / steps))) - 1
+    timesteps: NDArray[np.int64] = spaced.astype(np.int64)
+    return timesteps
