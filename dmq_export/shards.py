@@ -47,8 +47,9 @@ class SampleShards:
     def finished(self) -> bool:
         """Whether the target is there already, of the same settings."""
         try:
-            with np.load(self.target) as file:
-                return bool(json.loads(str(file["settings"])) == self._settings)
+            with zipfile.ZipFile(self.target) as archive, archive.open("settings.npy") as stream:
+                settings = np.lib.format.read_array(stream, allow_pickle=False)
+            return bool(json.loads(str(settings)) == self._settings)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             return False  # not there, or another file, which will be replaced
 
@@ -115,7 +116,7 @@ class SampleShards:
                 for indices in self.batches:
                     stream.write(np.load(self._path(indices)).tobytes())
             for name, value in {**others, "settings": np.array(json.dumps(self._settings))}.items():
-                with archive.open(f"{name}.npy", "w") as stream:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, np.asarray(value), allow_pickle=False)
 
     def _path(self, indices: range) -> Path:

@@ -216,7 +216,9 @@ def test_sample_refuses_what_is_no_engine(tiny_onnx: Path, out: Path, tmp_path: 
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
     foreign = Path(__file__).parents[1] / "dmq_export/models/digits/classifier.onnx"
-    assert_refused(run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file, a .plan, or")
+    assert_refused(
+        run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file, a .plan, or"
+    )
     assert_refused(run("sample", garbage, "-o", out / "p.png"), f"{garbage} is no ONNX file, or a damaged one")
     assert_refused(run("sample", tiny_onnx), "nothing to write: give -o for a picture, or --npz")
     assert_refused(run("sample", foreign, "-o", out / "p.png"), "was not exported by dmq-export")

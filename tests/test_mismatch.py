@@ -34,7 +34,7 @@ def test_as_calibrated_there_is_nothing_to_say() -> None:
         (
             {"timesteps": (76, 51, 26, 1)},
             "4 evaluations at other timesteps than the 3 calibrated: each uses the ranges of the nearest, "
-            "at most 17 timesteps away",
+            "at most 16 timesteps away",
         ),
         ({"eta": 1.0}, "eta 1, calibrated with 0"),
         ({"guidance_scale": 2.5}, "guidance scale 2.5, calibrated without guidance"),

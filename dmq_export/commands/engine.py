@@ -131,8 +131,12 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> Denois
 
 
 def _open_plan(path: Path, execution: Execution) -> Engine:
-    _backend(path, execution, ("tensorrt",))
-    raise DmqError(f"{path}: plans cannot be run yet")
+    from importlib import import_module
+
+    denoiser = import_module("engines.tensorrt").TensorRtDenoiser(path)
+    if denoiser.facts.facts is None:
+        raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
+    return Engine(str(denoiser.facts.facts["bits"]), "tensorrt", denoiser, facts_from_json(denoiser.facts.facts))
 
 
 def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Backend:
