@@ -288,6 +288,38 @@ def sample(
 
 
 @main.command()
+@click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
+@click.option("--reference", metavar="MODEL", help="Float model to measure too; ratios are to it.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Samples per evaluation.")
+@click.option("--repeat", type=click.IntRange(min=1), default=50, help="Evaluations of each that are timed.")
+@click.option("--warm-up", type=click.IntRange(min=1), default=3, help="Evaluations of each before, not timed.")
+@threads_option
+@json_option
+def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **settings: Any) -> None:
+    r"""Measure engines in turns within one run: latency, images/s, memory, and ratios.
+
+    \b
+    ENGINE is a path, BACKEND:PATH, or onnxruntime-PROVIDER:PATH:
+    dmq-export bench onnxruntime:model.onnx openvino:model.onnx --reference digits
+    """
+    from dmq_export.commands.bench import BenchSettings, bench_engines
+    from dmq_export.progress import Progress
+
+    result = bench_engines(engines, BenchSettings(**settings), Progress(), reference)
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can calibrate, export, build and run, and how to get what is missing."""
+    from dmq_export.commands.doctor import examine
+
+    result = examine()
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
+
+
+@main.command()
 @click.option("-o", "--output", type=FOLDER, default=Path("dmq-quickstart"), help="Folder for all results.")
 @click.option("--num", "count", type=click.IntRange(min=1), default=400, help="Samples per model.")
 @seed_option

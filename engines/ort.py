@@ -105,13 +105,21 @@ def provider_problem(provider: str) -> str | None:
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         return "this build of onnxruntime lacks it"
     try:
-        if PROVIDERS[provider] in _session(PROBE, provider, None).get_providers():
-            return None
-        library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
-        ctypes.CDLL(str(library))  # the session does not say which library is missing, the loader does
-    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        return first_line(error).rpartition("onnxruntime_pybind_state.cc:")[2]
-    return "no NVIDIA GPU that it can use"
+        starts = PROVIDERS[provider] in _session(PROBE, provider, None).get_providers()
+    except Exception:  # onnxruntime's exceptions have no common base but Exception
+        starts = False
+    return None if starts else _missing_library(provider) or "it finds no GPU that it can use"
+
+
+def _missing_library(provider: str) -> str | None:
+    """What the loader says of the provider; a session does not say which library is missing."""
+    import onnxruntime
+
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _session(model: Path | bytes, provider: str, threads: int | None) -> Any:
