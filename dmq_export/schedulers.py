@@ -42,7 +42,20 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
         scheduler.set_timesteps(steps)
     except ValueError as error:
         raise DmqError(f"{class_name} does not take {steps} steps: {error}") from error
+    _require_trained(scheduler, steps)
     return scheduler
+
+
+def _require_trained(scheduler: Any, steps: int) -> None:
+    """Refuse steps outside the schedule, which diffusers meets with an IndexError, or (PNDM) with timesteps all 0."""
+    if scheduler.timesteps.is_floating_point():  # interpolates between timesteps, or counts them otherwise
+        return
+    trained, largest = int(scheduler.config.num_train_timesteps), int(scheduler.timesteps.max())
+    if steps > trained or largest >= trained:
+        raise DmqError(
+            f"{type(scheduler).__name__} does not take {steps} steps: they start at timestep {largest}, the model was "
+            f"trained on 0 to {trained - 1}; take fewer"
+        )
 
 
 def _require_diffusers(scheduler: str) -> None:

@@ -119,7 +119,7 @@ def test_threads_are_taken(tiny_onnx: Path, tiny_checkpoint_folder: Path) -> Non
         ({"backend": "tensorrt"}, "runs on onnxruntime or openvino, not on tensorrt"),
         ({"backend": "tpu"}, "no backend is called 'tpu': one of auto, tensorrt"),
         ({"threads": 0}, "0 threads: at least 1"),
-        ({"backend": "openvino", "provider": "cpu"}, "--provider cpu is one of onnxruntime's, but .* runs on openvino"),
+        ({"backend": "openvino", "provider": "cpu"}, "--provider cpu was asked for, but .* runs on openvino, which"),
         ({"provider": "tpu"}, "no provider tpu here .*: .*cpu.* can be used"),
     ],
 )
@@ -129,6 +129,9 @@ def test_what_cannot_run_it_is_refused(tiny_onnx: Path, execution: dict[str, obj
 
 
 def test_a_checkpoint_runs_on_torch_alone(tiny_checkpoint_folder: Path) -> None:
+    assert open_engine(tiny_checkpoint_folder, Execution(provider="cpu")).backend == "torch"
+    with pytest.raises(DmqError, match=r"PyTorch .* has no provider tensorrt here: cpu"):
+        open_engine(tiny_checkpoint_folder, Execution(provider="tensorrt"))
     with pytest.raises(DmqError, match="runs on torch, not on onnxruntime"):
         open_engine(tiny_checkpoint_folder, Execution("onnxruntime"))
 

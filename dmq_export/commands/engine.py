@@ -6,11 +6,12 @@ Arrays are NumPy's: ``sample [N, C, H, W]`` float32, ``timestep`` one number for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from dmq_export.checkpoint import load_checkpoint
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
 from dmq_export.signature import sample_shape
+
+if TYPE_CHECKING:
+    import torch
 
 Backend = Literal["auto", "tensorrt", "openvino", "onnxruntime", "torch"]
 Denoise = Callable[..., NDArray[np.float32]]
@@ -49,7 +53,7 @@ class Execution:
 
     Attributes:
         backend: ``auto`` takes the one that the file was exported for.
-        provider: of ONNX Runtime, see :data:`engines.ort.PROVIDERS`; None for its CPU provider.
+        provider: of ONNX Runtime, see :data:`engines.ort.PROVIDERS`, or PyTorch's device; None for the CPU.
         threads: None leaves the number to the backend.
     """
 
@@ -105,9 +109,25 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
 
     if execution.threads is not None:
         torch.set_num_threads(execution.threads)
+    device = _torch_device(execution.provider)
     checkpoint = load_checkpoint(folder)
     facts = facts_from_json(model_facts(checkpoint, "reference"))
-    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, torch.device("cpu")), facts)
+    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, device), facts)
+
+
+def _torch_device(provider: str | None) -> torch.device:
+    """The device called ``provider``: the CPU, or of several GPUs the one of this process's number.
+
+    Raises:
+        DmqError: there is no such device.
+    """
+    import torch
+
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if provider not in (None, *there):
+        raise DmqError(f"PyTorch {torch.__version__} has no provider {provider} here: {', '.join(there)} can be used")
+    local = int(os.environ.get("LOCAL_RANK", "0"))  # as torchrun numbers the processes of a machine
+    return torch.device("cuda", local) if provider == "cuda" else torch.device("cpu")
 
 
 def _open_onnx(path: Path, execution: Execution) -> Engine:
@@ -151,6 +171,6 @@ def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Bac
     backend = (installed or able)[0] if execution.backend == "auto" else execution.backend
     if backend not in installed:
         raise DmqError(f"{path} runs on {backend}, which is not installed: pip install {backend}")
-    if execution.provider is not None and backend != "onnxruntime":
-        raise DmqError(f"--provider {execution.provider} is one of onnxruntime's, but {path} runs on {backend}")
+    if execution.provider is not None and backend not in ("onnxruntime", "torch"):
+        raise DmqError(f"--provider {execution.provider} was asked for, but {path} runs on {backend}, which has none")
     return backend
