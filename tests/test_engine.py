@@ -1,7 +1,9 @@
 """Every format and backend under one contract, and what is refused before anything runs."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -188,3 +190,12 @@ def test_an_engine_is_deployable_with_numpy_and_its_runtime_alone(
     engine = open_engine(tiny_onnx, Execution(backend, threads=1))
     expected = draw_samples(engine, SampleSettings(count=5, seed=3), Progress(show=False))
     np.testing.assert_array_equal(np.load(output), expected)
+
+
+def test_the_example_of_the_docs_runs(tiny_onnx: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engines.md").read_text(), re.S)
+    shutil.copy(tiny_onnx, tmp_path / "model.onnx")
+    block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'onnx', 'PIL', 'tqdm', 'click']))"
+    code = f"{block}\n{example}\nassert samples.shape == (8, 1, 8, 8)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
