@@ -149,9 +149,21 @@ def test_a_finished_file_is_not_drawn_again(
     assert f"Note: {path} holds these samples already\n" in capsys.readouterr().err
 
 
-def test_another_seed_is_drawn_anew(tiny_onnx: Path, whole: bytes, tmp_path: Path) -> None:
-    run(tiny_onnx, Outputs(npz=tmp_path / "whole.npz"), replace(SETTINGS, seed=5))
+@pytest.mark.parametrize("change", [{"seed": 5}, {"labels": (1, 2)}, {"steps": 2}, {"count": 10}])
+def test_other_settings_are_drawn_anew(change: dict[str, Any], tiny_onnx: Path, whole: bytes, tmp_path: Path) -> None:
+    run(tiny_onnx, Outputs(npz=tmp_path / "whole.npz"), replace(SETTINGS, **change))
     assert (tmp_path / "whole.npz").read_bytes() != whole
+
+
+def test_parts_of_another_engine_are_refused(
+    tiny_onnx: Path, tiny_checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = Outputs(npz=tmp_path / "s.npz")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    run(tiny_onnx, outputs)
+    with pytest.raises(DmqError, match=r"holds part of another run \(backend onnxruntime there, torch here"):
+        run(tiny_checkpoint_folder, outputs)
 
 
 def test_psnr_over_batches_is_that_of_all(tiny_model: Path, tiny_onnx: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Batches that become one file: whole or absent, from any number of processes, with the same bytes."""
 
+import fcntl
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmq_export.errors import DmqError
-from dmq_export.shards import SampleShards
+from dmq_export.shards import LOCK, SampleShards
 
 SETTINGS = {"seed": 1, "labels": [1, 2], "eta": None}
 BATCHES = [range(0, 3), range(3, 6), range(6, 7)]
@@ -101,6 +103,20 @@ def test_a_process_that_comes_after_the_merge_finds_it_done(target: Path) -> Non
     assert first.merge(LABELS)
     assert late.merge(LABELS)
     assert late.finished()
+
+
+def test_one_process_merges_at_a_time(target: Path) -> None:
+    one = shards(target)
+    save(one, BATCHES)
+    with (one.folder / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        merge = threading.Thread(target=one.merge, args=(LABELS,))
+        merge.start()
+        merge.join(timeout=0.2)
+        assert merge.is_alive()
+        assert not target.exists()
+    merge.join()
+    assert one.finished()
 
 
 def test_a_batch_that_was_being_written_is_missing(target: Path) -> None:
