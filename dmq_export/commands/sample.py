@@ -26,7 +26,7 @@ from dmq_export.errors import DmqError
 from dmq_export.files import require_file, sha256
 from dmq_export.mismatch import mismatches
 from dmq_export.progress import Progress
-from dmq_export.ranks import Rank
+from dmq_export.rank import Rank
 from dmq_export.shards import SampleShards
 from dmq_export.signature import sample_shape
 
