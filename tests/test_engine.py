@@ -138,6 +138,16 @@ def test_a_checkpoint_runs_on_torch_alone(tiny_checkpoint_folder: Path) -> None:
         open_engine(tiny_checkpoint_folder, Execution("onnxruntime"))
 
 
+def test_a_plan_that_cannot_run_here_is_one_line(tmp_path: Path) -> None:
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"no plan")
+    with pytest.raises(DmqError, match=r"TensorRT|engine.json") as raised:
+        open_engine(plan)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(DmqError, match="runs on tensorrt, not on openvino"):
+        open_engine(plan, Execution("openvino"))
+
+
 def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.onnx", ROOT / "README.md"):
         with pytest.raises(DmqError, match=re.escape(f"{path} is no engine: give an .onnx file, a .plan, or a DMQ")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -151,9 +152,13 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> Denois
 
 
 def _open_plan(path: Path, execution: Execution) -> Engine:
-    from importlib import import_module
-
-    denoiser = import_module("engines.tensorrt").TensorRtDenoiser(path)
+    _require_able(path, execution, ("tensorrt",))
+    _require_provider(path, execution, "tensorrt")
+    try:
+        module = import_module("engines.tensorrt")
+    except ImportError as error:
+        raise DmqError(f"{path} needs TensorRT, which does not load here ({error}): see dmq-export doctor") from error
+    denoiser = module.TensorRtDenoiser(path)
     if denoiser.facts.facts is None:
         raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
     return Engine(str(denoiser.facts.facts["bits"]), "tensorrt", denoiser, facts_from_json(denoiser.facts.facts))
@@ -165,12 +170,20 @@ def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Bac
     Raises:
         DmqError: the one asked for does not run ``path``, is not installed, or has no providers though one is named.
     """
-    if execution.backend not in ("auto", *able):
-        raise DmqError(f"{path} runs on {' or '.join(able)}, not on {execution.backend}")
+    _require_able(path, execution, able)
     installed = [backend for backend in able if find_spec(backend)]
     backend = (installed or able)[0] if execution.backend == "auto" else execution.backend
     if backend not in installed:
         raise DmqError(f"{path} runs on {backend}, which is not installed: pip install {backend}")
+    _require_provider(path, execution, backend)
+    return backend
+
+
+def _require_able(path: Path, execution: Execution, able: tuple[Backend, ...]) -> None:
+    if execution.backend not in ("auto", *able):
+        raise DmqError(f"{path} runs on {' or '.join(able)}, not on {execution.backend}")
+
+
+def _require_provider(path: Path, execution: Execution, backend: Backend) -> None:
     if execution.provider is not None and backend not in ("onnxruntime", "torch"):
         raise DmqError(f"--provider {execution.provider} was asked for, but {path} runs on {backend}, which has none")
-    return backend

@@ -92,17 +92,19 @@ def sample_engine(
         require_pictures(sample_shape(engine.facts.config)[0])
     conditioning = labels_conditioning(engine.facts.config, settings)
     beside = None if outputs.reference is None else float_engine(outputs.reference, engine)
-    identity = _identity(path, engine, execution, settings, conditioning)
-    shards = None if outputs.npz is None else SampleShards(outputs.npz, identity, settings.batches())
+    shards = None
+    if outputs.npz is not None:
+        identity = _identity(path, engine, execution, settings, conditioning)
+        shards = SampleShards(outputs.npz, identity, settings.batches())
     notes = list(_notes(engine, settings, outputs))
     for line in notes if rank.index == 0 else []:
         progress.tell(line)
     if shards is None:
         batches: Iterable[Samples] = list(_checked(engine, settings, conditioning, settings.batches(), progress))
-    else:
-        if not _complete(shards, rank, engine, settings, conditioning, progress):
-            return Sampled((), waits_for=len(shards.missing()))
+    elif _complete(shards, rank, engine, settings, conditioning, progress):
         batches = shards.samples()
+    else:
+        return Sampled((), waits_for=len(shards.missing()))
     others = None if beside is None else draw_batches(beside, settings, conditioning, settings.batches(), progress)
     psnr = _show(engine.name, batches, others, outputs.picture)
     return Sampled(tuple(path for path in (outputs.picture, outputs.npz) if path is not None), psnr)
