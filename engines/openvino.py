@@ -47,8 +47,8 @@ class OpenVinoDenoiser:
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
         outputs = self._request.infer(checked_inputs(self._inputs, inputs), share_inputs=True)
-        prediction: NDArray[np.float32] = outputs[self.compiled.output(0)]
-        return prediction
+        prediction: NDArray[Any] = outputs[self.compiled.output(0)]
+        return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
 
 
 def _compiled(path: Path, settings: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ NUMPY_TYPES = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
@@ -80,8 +81,8 @@ class OnnxRuntimeDenoiser:
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        prediction: NDArray[np.float32] = self.session.run(inputs)[self.session.output_names[0]]
-        return prediction
+        prediction = self.session.run(inputs)[self.session.output_names[0]]
+        return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
 
 
 def require_provider(provider: str) -> None:
