@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,15 +106,13 @@ def _calibrate_cuda() -> Finding:
 
 def _tensorrt() -> Iterator[Finding]:
     """Building plans, and running them, which needs the same."""
-    packages = _packages("build", "TensorRT plans", ("tensorrt", "polygraphy"))
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        driver = "no NVIDIA driver (libcuda.so.1)"
-        remedy = f"on a machine with an NVIDIA GPU and its driver: {packages.remedy or 'nothing else'}"
-        packages = replace(packages, works=False, detail=f"{packages.detail}; {driver}", remedy=remedy)
-    yield packages
-    yield replace(packages, stage="run")
+    from engines.trt_environment import INSTALL, missing
+
+    problems = missing()
+    detail = "; ".join(problems) or f"tensorrt {_version('tensorrt')}"
+    remedy = f"on a machine with an NVIDIA GPU and its driver: {INSTALL}" if problems else ""
+    for stage in ("build", "run"):
+        yield Finding(stage, "TensorRT plans", not problems, detail, remedy)
 
 
 def _onnxruntime() -> Iterator[Finding]:

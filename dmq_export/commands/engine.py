@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -154,11 +153,9 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> Denois
 def _open_plan(path: Path, execution: Execution) -> Engine:
     _require_able(path, execution, ("tensorrt",))
     _require_provider(path, execution, "tensorrt")
-    try:
-        module = import_module("engines.tensorrt")
-    except ImportError as error:
-        raise DmqError(f"{path} needs TensorRT, which does not load here ({error}): see dmq-export doctor") from error
-    denoiser = module.TensorRtDenoiser(path)
+    from engines.tensorrt import TensorRtDenoiser
+
+    denoiser = TensorRtDenoiser(path)
     if denoiser.facts.facts is None:
         raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
     return Engine(str(denoiser.facts.facts["bits"]), "tensorrt", denoiser, facts_from_json(denoiser.facts.facts))
