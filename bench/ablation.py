@@ -26,16 +26,18 @@ import torch
 import calib.fit
 from calib.calibrate import calibrated
 from calib.capture import LayerInputs
+from calib.denoiser import reference_denoiser
 from calib.les import LesResult, LesSettings
 from calib.model import SourceModel, load_model
 from calib.plan import Limits
 from calib.recipe import Recipe, recipe_from
-from calib.reference import load_reference
 from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.sample import Engine, SampleSettings, draw_samples, float_engine
+from dmq_export.commands.drawing import SampleSettings, draw_samples
+from dmq_export.commands.engine import Engine, float_engine
+from dmq_export.facts import facts_from_json, model_facts
 from dmq_export.layer import LayerSpec
 from dmq_export.progress import Progress
 from dmq_export.table import table
@@ -138,9 +140,8 @@ def score(source: SourceModel, recipe: Recipe) -> Score:
 
 def _pictures(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     """Final samples of the float model and of the reference from the same noise."""
-    network = load_reference(checkpoint, torch.device("cpu"))
-    model = checkpoint.model
-    reference = Engine("reference", network, model.config, model.scheduler, checkpoint.recipe["steps"])
+    facts = facts_from_json(model_facts(checkpoint, "reference"))
+    reference = Engine("reference", "torch", reference_denoiser(checkpoint, torch.device("cpu")), facts)
     settings = SampleSettings(count=PICTURES, seed=1000 + checkpoint.recipe["seed"], null_label=NO_LABEL, batch=64)
     for engine in (float_engine("digits", reference), reference):
         yield draw_samples(engine, settings, Progress(show=False))

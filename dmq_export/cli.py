@@ -13,6 +13,7 @@ from calib.recipe import PRESETS, Preset, PtsLayers, Rounding, Scales, recipe_fr
 from dmq_export import __version__
 from dmq_export.batch import Batch
 from dmq_export.bits import Bits
+from dmq_export.commands.engine import Backend
 from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 from dmq_export.memory import parse_size
@@ -101,6 +102,9 @@ def choice(literal: Any) -> click.Choice[str]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
+backend_option = click.option("--backend", type=choice(Backend), default="auto", help="To run on.")
+provider_option = click.option("--provider", help="cpu, cuda, or ONNX Runtime's tensorrt.  [default: cpu]")
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the backend's]")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -261,31 +265,72 @@ def trt_build(
 
 @main.command()
 @click.argument("engine", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, help="PNG file to write.")
-@click.option("--npz", type=FOLDER, help="Raw samples (and labels) to write.")
-@click.option("--backend", type=click.Choice(["auto", "onnxruntime", "torch"]), default="auto", help="To run on.")
+@click.option("-o", "--output", "picture", type=FOLDER, help="PNG file to write.")
+@click.option("--npz", type=FOLDER, help="Raw samples (and labels) to write; resumes, and shares under torchrun.")
+@backend_option
+@provider_option
+@threads_option
 @click.option("--reference", metavar="MODEL", help="Float model to sample beside, from the same noise.")
 @click.option("--num", "count", type=click.IntRange(min=1), default=20, help="Samples.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: as calibrated]")
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="[default: as calibrated]")
-@click.option("--eta", type=click.FloatRange(0, 1), default=0.0, help="DDIM's noise share.")
+@click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise share.  [default: as calibrated]")
 @click.option("--labels", type=LabelList(), default=(), show_default="all", help="Class labels, such as 0-9.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: none]")
 @click.option("--null-label", type=int, help="The label that stands for no label.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
 @seed_option
 def sample(
-    engine: Path, output: Path | None, backend: Any, reference: str | None, npz: Path | None, **settings: Any
+    engine: Path,
+    picture: Path | None,
+    npz: Path | None,
+    reference: str | None,
+    backend: Any,
+    provider: str | None,
+    threads: int | None,
+    **settings: Any,
 ) -> None:
-    """Draw pictures from ENGINE: an ONNX file, or a checkpoint folder (the PyTorch reference)."""
-    from dmq_export.commands.sample import SampleSettings, sample_engine
+    """Draw pictures from ENGINE: a .plan, an ONNX file, or a checkpoint folder (the PyTorch reference)."""
+    from dmq_export.commands.drawing import SampleSettings
+    from dmq_export.commands.engine import Execution
+    from dmq_export.commands.sample import Outputs, sample_engine
     from dmq_export.progress import Progress
 
-    psnr = sample_engine(
-        engine, output, SampleSettings(**settings), Progress(), backend=backend, reference=reference, npz=npz
-    )
-    written = "  ".join(str(path) for path in (output, npz) if path is not None)
-    click.echo(written if psnr is None else f"{written}  PSNR against float {psnr:.2f} dB")
+    outputs = Outputs(picture, npz, reference)
+    execution = Execution(backend, provider, threads)
+    click.echo(sample_engine(engine, SampleSettings(**settings), outputs, Progress(), execution).text())
+
+
+@main.command()
+@click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
+@click.option("--reference", metavar="MODEL", help="Float model to measure too; ratios are to it.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Samples per evaluation.")
+@click.option("--repeat", type=click.IntRange(min=1), default=50, help="Evaluations of each that are timed.")
+@click.option("--warm-up", type=click.IntRange(min=1), default=3, help="Evaluations of each before, not timed.")
+@threads_option
+@json_option
+def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **settings: Any) -> None:
+    r"""Measure engines in turns within one run: latency, images/s, memory, and ratios.
+
+    \b
+    ENGINE is a path, BACKEND:PATH, or onnxruntime-PROVIDER:PATH:
+    dmq-export bench onnxruntime:model.onnx openvino:model.onnx --reference digits
+    """
+    from dmq_export.commands.bench import BenchSettings, bench_engines
+    from dmq_export.progress import Progress
+
+    result = bench_engines(engines, BenchSettings(**settings), Progress(), reference)
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can calibrate, export, build and run, and how to get what is missing."""
+    from dmq_export.commands.doctor import examine
+
+    result = examine()
+    click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
 
 
 @main.command()

@@ -1,18 +1,58 @@
 """What an exported file says of itself, so that a sampler needs no other file."""
 
-from dataclasses import astuple
+import json
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.errors import DmqError
 
 FACTS = "dmq"  # the ONNX metadata key that holds the facts as JSON
+SCHEMA = 1
 
 
-def model_facts(checkpoint: Checkpoint, target: str, dtype: str, batch: Batch | None) -> dict[str, Any]:
-    """The facts of a graph exported from ``checkpoint`` for ``target``; ``batch`` as smallest, usual, largest."""
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a quantized network to sample it.
+
+    Attributes:
+        target: the runtime its graph was lowered for; ``reference`` for a checkpoint.
+        bits: as ``w4a8``.
+        config: of the diffusers model.
+        scheduler: configuration of the scheduler it was calibrated with.
+        recipe: the calibration settings.
+        timesteps: calibrated, in sampling order.
+    """
+
+    target: str
+    bits: str
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    timesteps: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps of the calibration; some schedulers evaluate one of them twice."""
+        return int(self.recipe["steps"])
+
+    @property
+    def per_step(self) -> bool:
+        """Whether activation ranges belong to the timesteps, rather than to all of them."""
+        return bool(self.recipe["scales"] == "per-step")
+
+
+def model_facts(
+    checkpoint: Checkpoint, target: str, dtype: str = "float32", batch: Batch | None = None
+) -> dict[str, Any]:
+    """The facts of a graph exported from ``checkpoint`` for ``target``, as JSON values.
+
+    ``batch`` becomes its smallest, usual and largest size.
+    """
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "target": target,
         "dtype": dtype,
         "batch": None if batch is None else list(astuple(batch)),
@@ -25,3 +65,40 @@ def model_facts(checkpoint: Checkpoint, target: str, dtype: str, batch: Batch | 
         "weights_sha256": checkpoint.model.weights_sha256,
         "float_layers": {layer.name: layer.reason for layer in checkpoint.float_layers},
     }
+
+
+def read_facts(metadata: Mapping[str, str], name: object) -> Facts:
+    """The facts among the metadata of the file called ``name``.
+
+    Raises:
+        DmqError: there are none, or they are damaged or of another schema.
+    """
+    if FACTS not in metadata:
+        raise DmqError(f"{name} was not exported by dmq-export: it carries no {FACTS!r} metadata")
+    try:
+        return facts_from_json(json.loads(metadata[FACTS]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DmqError(
+            f"{name} carries damaged {FACTS!r} metadata ({type(error).__name__} {error}): export it again"
+        ) from error
+
+
+def facts_from_json(values: Mapping[str, Any]) -> Facts:
+    """The facts that :func:`model_facts` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not of this schema.
+    """
+    if values["schema"] != SCHEMA:
+        raise ValueError(f"schema {values['schema']!r}, {SCHEMA} was expected")
+    facts = Facts(
+        target=str(values["target"]),
+        bits=str(values["bits"]),
+        config=dict(values["config"]),
+        scheduler=dict(values["scheduler"]),
+        recipe=dict(values["recipe"]),
+        timesteps=tuple(float(timestep) for timestep in values["timesteps"]),
+    )
+    if not facts.timesteps or facts.steps < 1 or facts.recipe["scales"] not in ("static", "per-step"):
+        raise ValueError("no calibrated steps, or scales that are neither static nor per step")
+    return facts

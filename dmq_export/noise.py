@@ -1,4 +1,4 @@
-"""The noise that sampling starts from, the same on every backend."""
+"""The noise that sampling starts from and adds, the same on every backend."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,5 +11,9 @@ def initial_noise(shape: tuple[int, ...], indices: range, seed: int) -> NDArray[
 
     Sample ``i`` depends on ``seed`` and ``i`` alone, whatever else is in the batch.
     """
-    streams = [np.random.Generator(np.random.Philox(stream_seed(seed, "noise", i))) for i in indices]
-    return np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
+    return np.stack([stream.standard_normal(shape, np.float32) for stream in noise_streams("noise", indices, seed)])
+
+
+def noise_streams(name: str, indices: range, seed: int) -> list[np.random.Generator]:
+    """One stream called ``name`` for each sample."""
+    return [np.random.Generator(np.random.Philox(stream_seed(seed, name, i))) for i in indices]

@@ -1,6 +1,7 @@
 """Progress bars with an ETA on stderr, a log for programs, and the time each stage took."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ class Progress:
         at = {"event": event, "at": round(time.perf_counter() - self._start, 3)}
         with self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(at | facts) + "\n")
+
+    def tell(self, text: str) -> None:
+        """One line on stderr that nothing hides, and in the log: the user should know it."""
+        self.note("told", text=text)
+        tqdm.write(f"Note: {text}", file=sys.stderr)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from dmq_export.errors import DmqError
@@ -20,12 +21,14 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
     """The scheduler ``config`` describes, or the one called ``name`` with that configuration, set to ``steps``.
 
     Raises:
-        DmqError: no scheduler is named anywhere, diffusers has none of that name, or it does not take the step count.
+        DmqError: no scheduler is named anywhere, diffusers is not installed or has none of that name, or it does not
+            take the step count.
     """
-    import diffusers
-
     if name is not None and name not in SCHEDULERS:
         raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
+    _require_diffusers(name or str(config.get("_class_name")))
+    import diffusers
+
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
     if class_name is None:
         raise DmqError(
@@ -39,7 +42,28 @@ def build_scheduler(config: Mapping[str, Any], name: str | None, steps: int) -> 
         scheduler.set_timesteps(steps)
     except ValueError as error:
         raise DmqError(f"{class_name} does not take {steps} steps: {error}") from error
+    _require_trained(scheduler, steps)
     return scheduler
+
+
+def _require_trained(scheduler: Any, steps: int) -> None:
+    """Refuse steps outside the schedule, which diffusers meets with an IndexError, or (PNDM) with timesteps all 0."""
+    if scheduler.timesteps.is_floating_point():  # interpolates between timesteps, or counts them otherwise
+        return
+    trained, largest = int(scheduler.config.num_train_timesteps), int(scheduler.timesteps.max())
+    if steps > trained or largest >= trained:
+        raise DmqError(
+            f"{type(scheduler).__name__} does not take {steps} steps: they start at timestep {largest}, the model was "
+            f"trained on 0 to {trained - 1}; take fewer"
+        )
+
+
+def _require_diffusers(scheduler: str) -> None:
+    if not (find_spec("torch") and find_spec("diffusers")):
+        raise DmqError(
+            f"scheduler {scheduler} needs diffusers and torch, which are not installed: pip install diffusers torch; "
+            "DDIM needs neither, unless it is to do thresholding, zero-SNR rescaling or trained betas"
+        )
 
 
 def step_options(scheduler: Any, *, eta: float, generators: Sequence[Any]) -> dict[str, Any]:

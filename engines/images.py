@@ -26,15 +26,21 @@ def require_pictures(channels: int) -> None:
         raise DmqError(f"samples of {channels} channels are latents, not pictures: save them with --npz, without -o")
 
 
-def require_finite(samples: Samples) -> None:
-    """Refuse samples ``[N, ...]`` with NaN or infinity in them.
+def require_drawn(samples: Samples, first: int = 0) -> None:
+    """Refuse samples ``[N, C, H, W]`` in which nothing was drawn.
+
+    Args:
+        first: number of the first, for the message.
 
     Raises:
-        CheckFailedError: naming the first such sample.
+        CheckFailedError: naming the first sample that holds NaN or infinity, or is one colour (such as black) all over.
     """
-    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
-    if not finite.all():
-        raise CheckFailedError(f"sample {int(np.argmin(finite))} holds NaN or infinity")
+    for number, one in enumerate(samples, first):
+        if not np.isfinite(one).all():
+            raise CheckFailedError(f"sample {number} holds NaN or infinity")
+        seen = _quantized(one) if len(one) in (1, 3) else one  # latents have no colours
+        if seen.max() == seen.min():
+            raise CheckFailedError(f"sample {number} is one colour all over")
 
 
 def to_pixels(samples: Samples) -> Pixels:
@@ -42,15 +48,16 @@ def to_pixels(samples: Samples) -> Pixels:
 
     Raises:
         DmqError: the samples are latents, not pictures of one or three channels.
-        CheckFailedError: a sample is not finite, or shows nothing but one colour.
+        CheckFailedError: see :func:`require_drawn`.
     """
     require_pictures(samples.shape[1])
-    require_finite(samples)
-    pixels = np.rint((samples.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-    constant = pixels.max(axis=(1, 2, 3)) == pixels.min(axis=(1, 2, 3))
-    if constant.any():
-        raise CheckFailedError(f"sample {int(np.argmax(constant))} is one colour all over")
+    require_drawn(samples)
+    pixels = _quantized(samples)
     return np.broadcast_to(pixels.transpose(0, 2, 3, 1), (*pixels.shape[:1], *pixels.shape[2:], 3))
+
+
+def _quantized(samples: Samples) -> Pixels:
+    return np.rint((samples.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def psnr(reference: Samples, other: Samples) -> float:

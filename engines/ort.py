@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.bundled import BUNDLED
 from dmq_export.errors import DmqError
+from engines.inputs import Input, checked_inputs, first_line
 
-NUMPY_TYPES: dict[str, type[np.generic]] = {
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
 }
+PROBE = BUNDLED / "digits" / "classifier.onnx"  # small enough to try a provider on
+FATAL = 4  # the least that ONNX Runtime can log; what goes wrong arrives as an exception
 
 
 class OnnxSession:
-    """An ONNX model loaded into ONNX Runtime, inputs checked by name and rank.
+    """An ONNX model loaded into ONNX Runtime, inputs checked by name and shape.
 
     Args:
         model: a file, or a serialized model.
-        providers: execution providers in order of preference.
+        provider: a name of :data:`PROVIDERS`; operators that it lacks run on the CPU.
+        threads: for one operator; None for as many as there are cores.
 
     Raises:
-        DmqError: ONNX Runtime cannot load the model.
+        DmqError: ONNX Runtime cannot load the model, or cannot start the provider.
     """
 
-    def __init__(self, model: Path | bytes, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: its warnings are not for our users
-        source = model if isinstance(model, bytes) else str(model)
+    def __init__(self, model: Path | bytes, provider: str = "cpu", *, threads: int | None = None) -> None:
+        if provider != "cpu":
+            require_provider(provider)
+        name = "the model" if isinstance(model, bytes) else str(model)
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+            self._session = _session(model, provider, threads)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-            name = "the model" if isinstance(model, bytes) else str(model)
-            raise DmqError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+            raise DmqError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
+        if PROVIDERS[provider] not in self._session.get_providers():
+            raise DmqError(f"ONNX Runtime cannot run {name} on its {provider} provider: try --provider cpu")
+        self._inputs = {
+            value.name: Input(NUMPY_TYPES.get(value.type), value.shape) for value in self._session.get_inputs()
+        }
         self.output_names = [value.name for value in self._session.get_outputs()]
 
     @property
@@ -54,40 +65,74 @@ class OnnxSession:
         """All outputs by name.
 
         Raises:
-            DmqError: an input is missing, unknown, or of the wrong rank.
+            DmqError: an input is missing, unknown, or of another shape.
         """
-        feed = {name: self._checked(name, inputs) for name in self._inputs}
-        unknown = sorted(set(inputs) - set(feed))
-        if unknown:
-            raise DmqError(f"the model has no input {unknown[0]!r}: it takes {', '.join(feed)}")
-        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
-
-    def _checked(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        expected = self._inputs[name]
-        if name not in inputs:
-            raise DmqError(f"input {name} is missing: the model takes {', '.join(self._inputs)}")
-        value = np.asarray(inputs[name], NUMPY_TYPES.get(expected.type), order="C")
-        if value.ndim != len(expected.shape):
-            raise DmqError(f"input {name} has shape {list(value.shape)}, the model takes {expected.shape}")
-        return value
+        outputs = self._session.run(None, checked_inputs(self._inputs, inputs))
+        return dict(zip(self.output_names, outputs, strict=True))
 
 
 class OnnxRuntimeDenoiser:
     """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays."""
 
-    name = "onnxruntime"
-
-    def __init__(self, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        self.session = OnnxSession(path, providers)
+    def __init__(self, path: Path, provider: str = "cpu", *, threads: int | None = None) -> None:
+        self.session = OnnxSession(path, provider, threads=threads)
 
     def __call__(
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        prediction: NDArray[np.float32] = self.session.run(inputs)[self.session.output_names[0]]
-        return prediction
+        prediction = self.session.run(inputs)[self.session.output_names[0]]
+        return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def require_provider(provider: str) -> None:
+    """Refuse a provider that does not start on this machine.
+
+    Raises:
+        DmqError: naming those that do.
+    """
+    problem = provider_problem(provider)
+    if problem is not None:
+        there = ", ".join(name for name in PROVIDERS if provider_problem(name) is None)
+        raise DmqError(f"ONNX Runtime has no provider {provider} here ({problem}): {there} can be used")
+
+
+def provider_problem(provider: str) -> str | None:
+    """Why ``provider`` does not start on this machine, or None if it does."""
+    if provider not in PROVIDERS:
+        return "no such provider"
+    import onnxruntime
+
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        return "this build of onnxruntime lacks it"
+    try:
+        starts = PROVIDERS[provider] in _session(PROBE, provider, None).get_providers()
+    except Exception:  # onnxruntime's exceptions have no common base but Exception
+        starts = False
+    return None if starts else _missing_library(provider) or "it finds no GPU that it can use"
+
+
+def _missing_library(provider: str) -> str | None:
+    """What the loader says of the provider; a session does not say which library is missing."""
+    import onnxruntime
+
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _session(model: Path | bytes, provider: str, threads: int | None) -> Any:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(FATAL)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # torchrun numbers the processes of one machine; each takes the GPU of its number
+    settings = {} if provider == "cpu" else {"device_id": os.environ.get("LOCAL_RANK", "0")}
+    source = model if isinstance(model, bytes) else str(model)
+    providers = [(PROVIDERS[provider], settings)]
+    return onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)

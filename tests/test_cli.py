@@ -201,7 +201,7 @@ def test_onnx_refuses_a_damaged_checkpoint(tiny_checkpoint_folder: Path, out: Pa
     [
         (["--labels", "12"], "label 12 is unknown to the model: 0 to 2 are allowed"),
         (["--guidance-scale", "2"], "give --null-label"),
-        (["--backend", "torch"], "runs on onnxruntime, not on torch"),
+        (["--backend", "torch"], "runs on onnxruntime or openvino, not on torch"),
         (["--backend", "tpu"], "'tpu' is not one of"),
         (["--reference", "nowhere"], "nowhere is not a folder"),
         (["--scheduler", "euler", "--eta", "0.5"], "takes none: use --scheduler ddim"),
@@ -216,8 +216,10 @@ def test_sample_refuses_what_is_no_engine(tiny_onnx: Path, out: Path, tmp_path: 
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
     foreign = Path(__file__).parents[1] / "dmq_export/models/digits/classifier.onnx"
-    assert_refused(run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file or")
-    assert_refused(run("sample", garbage, "-o", out / "p.png"), f"ONNX Runtime cannot load {garbage}")
+    assert_refused(
+        run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file, a .plan, or"
+    )
+    assert_refused(run("sample", garbage, "-o", out / "p.png"), f"{garbage} is no ONNX file, or a damaged one")
     assert_refused(run("sample", tiny_onnx), "nothing to write: give -o for a picture, or --npz")
     assert_refused(run("sample", foreign, "-o", out / "p.png"), "was not exported by dmq-export")
     assert list(out.iterdir()) == []

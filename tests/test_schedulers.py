@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 
+from dmq_export import schedulers
 from dmq_export.errors import DmqError
 from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
 
@@ -98,6 +99,37 @@ def test_a_class_that_is_no_scheduler_of_diffusers_is_refused(class_name: str) -
 def test_a_step_count_that_diffusers_does_not_take_is_refused(name: str, steps: int) -> None:
     with pytest.raises(DmqError, match=f"^{CLASSES[name].__name__} does not take {steps} steps: "):
         build_scheduler(CONFIG, name, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "changes"),
+    [
+        ("pndm", 250, {}),  # diffusers would evaluate timestep 0 over and over
+        ("ddpm", 200, {"timestep_spacing": "leading"}),  # and look up timestep 200 of 0 to 199
+        ("ddim", 200, {"timestep_spacing": "leading"}),
+    ],
+)
+def test_steps_outside_the_schedule_are_refused(name: str, steps: int, changes: dict[str, str]) -> None:
+    expected = (
+        f"{CLASSES[name].__name__} does not take {steps} steps: they start at timestep .* trained on 0 to 199; take"
+    )
+    with pytest.raises(DmqError, match=expected):
+        build_scheduler(CONFIG | changes, name, steps)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_all_timesteps_of_the_schedule_are_taken(name: str) -> None:
+    scheduler = build_scheduler(CONFIG | {"steps_offset": 0}, name, 199)
+    assert float(scheduler.timesteps.max()) <= 199
+
+
+@pytest.mark.parametrize("missing", ["torch", "diffusers"])
+def test_without_diffusers_the_user_is_told_what_does_without(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedulers, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(
+        DmqError, match=r"scheduler PNDMScheduler needs diffusers and torch, .* DDIM needs neither, unless"
+    ):
+        build_scheduler(CONFIG, None, 5)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from calib.recipe import recipe_from
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
+from dmq_export.commands.engine import float_engine, open_engine
 from dmq_export.commands.onnx import Export, export_onnx
-from dmq_export.commands.sample import Samples, SampleSettings, draw_samples, float_engine, open_engine
 from dmq_export.files import make_folder
 from dmq_export.memory import peak_memory
 from dmq_export.progress import Progress

@@ -1,0 +1,173 @@
+"""``dmq-export doctor``: what this machine can calibrate, export, build and run, and how to get what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from dmq_export import __version__
+from dmq_export.table import table
+
+INTEGER_KERNELS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8")  # CPU flags that int8 convolutions profit from
+CUDA_TORCH = "on a machine with an NVIDIA GPU and its driver: pip install torch"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the tool can do here, or not.
+
+    Attributes:
+        stage: of the road.
+        what: it does.
+        works: whether it can.
+        detail: with what; or why not.
+        remedy: what gets it, where it does not work.
+    """
+
+    stage: str
+    what: str
+    works: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The result; ``machine`` by property."""
+
+    machine: dict[str, str]
+    findings: tuple[Finding, ...]
+
+    def text(self) -> str:
+        """The machine, what works, and how to get the rest."""
+        about = "\n".join(f"{name:10}{value}" for name, value in self.machine.items())
+        rows = [(one.stage, one.what, "yes" if one.works else "no", one.detail) for one in self.findings]
+        lines = [about, "", table(("stage", "what", "here", "with, or why not"), rows)]
+        missing = dict.fromkeys((one.what, one.remedy) for one in self.findings if not one.works)
+        if missing:
+            lines += ["", table(("to get", "do"), list(missing))]
+        return "\n".join(lines)
+
+
+def examine() -> Examination:
+    """Try what the tool needs: libraries are imported and runtimes started, not only looked up."""
+    return Examination(_machine(), tuple(_findings()))
+
+
+def _machine() -> dict[str, str]:
+    flags = _cpu_flags()
+    disk = shutil.disk_usage(Path.cwd())
+    found = ", ".join(flag for flag in INTEGER_KERNELS if flag in flags)
+    return {
+        "system": f"{platform.platform()}, Python {platform.python_version()}, dmq-export {__version__}",
+        "processor": f"{os.cpu_count()} cores, {found or 'none'} (of {', '.join(INTEGER_KERNELS)})",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "disk": f"{disk.free / 2**30:.0f} GiB free here",
+    }
+
+
+def _findings() -> Iterator[Finding]:
+    yield _packages("calibrate", "on the CPU", ("torch", "diffusers", "safetensors"))
+    yield _calibrate_cuda()
+    yield _packages("calibrate", "prompts", ("transformers",))
+    yield _packages("export", "ONNX", ("onnx", "onnx_ir", "onnxscript", "torch", "diffusers"))
+    yield from _tensorrt()
+    yield from _onnxruntime()
+    yield _openvino()
+    yield _packages("run", "checkpoints on torch", ("torch", "diffusers", "safetensors"))
+    yield Finding("sample", "DDIM", True, "built in")
+    yield _packages("sample", "all other schedulers", ("torch", "diffusers"))
+
+
+def _packages(stage: str, what: str, names: tuple[str, ...]) -> Finding:
+    problems = {name: problem for name in names if (problem := _import_problem(name)) is not None}
+    if not problems:
+        return Finding(stage, what, True, ", ".join(f"{name} {_version(name)}" for name in names))
+    install = "pip install " + " ".join(name.replace("_", "-") for name in problems)
+    return Finding(stage, what, False, "; ".join(problems.values()), install)
+
+
+def _calibrate_cuda() -> Finding:
+    if _import_problem("torch") is not None:
+        return Finding("calibrate", "on a GPU", False, "torch does not load", CUDA_TORCH)
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
+        return Finding("calibrate", "on a GPU", False, reason, CUDA_TORCH)
+    return Finding("calibrate", "on a GPU", True, torch.cuda.get_device_name())
+
+
+def _tensorrt() -> Iterator[Finding]:
+    """Building plans, and running them, which needs the same."""
+    from engines.trt_environment import INSTALL, missing
+
+    problems = missing()
+    detail = "; ".join(problems) or f"tensorrt {_version('tensorrt')}"
+    remedy = f"on a machine with an NVIDIA GPU and its driver: {INSTALL}" if problems else ""
+    for stage in ("build", "run"):
+        yield Finding(stage, "TensorRT plans", not problems, detail, remedy)
+
+
+def _onnxruntime() -> Iterator[Finding]:
+    problem = _import_problem("onnxruntime")
+    if problem is not None:
+        yield Finding("run", "onnxruntime", False, problem, "pip install onnxruntime, or onnxruntime-gpu")
+        return
+    from engines.ort import PROVIDERS, provider_problem
+
+    remedies = {
+        "cpu": "pip install --force-reinstall onnxruntime-gpu",
+        "cuda": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        "tensorrt": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
+    }
+    for name in PROVIDERS:
+        problem = provider_problem(name)
+        detail = f"onnxruntime {_version('onnxruntime')}" if problem is None else problem
+        yield Finding("run", f"onnxruntime, {name}", problem is None, detail, "" if problem is None else remedies[name])
+
+
+def _openvino() -> Finding:
+    problem = _import_problem("openvino")
+    if problem is not None:
+        return Finding("run", "openvino", False, problem, "pip install openvino")
+    import openvino
+
+    core = openvino.Core()
+    able = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return Finding("run", "openvino", True, f"openvino {_version('openvino')}: {able}")
+
+
+def _import_problem(name: str) -> str | None:
+    """Why ``import name`` fails, or None."""
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # a library that is there but broken may raise anything
+        return f"{name} does not load: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return None
+
+
+def _version(name: str) -> str:
+    for distribution in (name, f"{name}-gpu", name.replace("_", "-")):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return str(getattr(import_module(name), "__version__", ""))
+
+
+def _cpu_flags() -> set[str]:
+    """What /proc/cpuinfo lists; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())

@@ -1,0 +1,208 @@
+"""Draws samples from an engine.
+
+DDIM is our own in NumPy, with or without diffusers installed, so that the samples are the same; all other schedulers,
+and what ours lacks of DDIM, are diffusers'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.commands.engine import Engine
+from dmq_export.errors import DmqError
+from dmq_export.facts import Facts
+from dmq_export.noise import initial_noise, noise_streams
+from dmq_export.progress import Progress
+from dmq_export.sampling import Guidance, sample
+from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
+from dmq_export.seeds import stream_seed
+from dmq_export.signature import labels_for, sample_shape
+from engines.ddim import Ddim, DdimSettings, unsupported
+
+Samples = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What to sample; two engines given the same settings start from the same noise.
+
+    Attributes:
+        count: samples.
+        steps: of the scheduler; None for as many as were calibrated.
+        scheduler: its name; None for the one calibrated with.
+        eta: DDIM's noise share; None for the one calibrated with.
+        labels: cycled over the samples; empty for all the model knows.
+        guidance_scale: classifier-free guidance, or None.
+        null_label: the label that stands for no label.
+        seed: of the noise.
+        batch: samples per evaluation.
+    """
+
+    count: int = 20
+    steps: int | None = None
+    scheduler: str | None = None
+    eta: float | None = None
+    labels: tuple[int, ...] = ()
+    guidance_scale: float | None = None
+    null_label: int | None = None
+    seed: int = 0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.batch < 1:
+            raise DmqError(f"count {self.count} and batch {self.batch}: at least 1 is needed of each")
+
+    def batches(self) -> list[range]:
+        """The samples' indices, ``batch`` at a time."""
+        starts = range(0, self.count, self.batch)
+        return [range(start, min(start + self.batch, self.count)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told of each sample besides the noise, ``[count, ...]`` by input name.
+
+    Attributes:
+        given: for the samples.
+        unconditional: the same for guidance's other branch; empty without guidance.
+    """
+
+    given: Arrays = field(default_factory=dict)
+    unconditional: Arrays = field(default_factory=dict)
+
+    def rows(self, indices: range) -> Conditioning:
+        """Of the samples ``indices`` alone."""
+        rows = slice(indices.start, indices.stop)
+        parts = (self.given, self.unconditional)
+        return Conditioning(*({name: value[rows] for name, value in part.items()} for part in parts))
+
+    def digest(self) -> str:
+        """Sha256 of names, types, shapes and values."""
+        digest = hashlib.sha256()
+        for part in (self.given, self.unconditional):
+            for name, value in sorted(part.items()):
+                digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+                digest.update(np.ascontiguousarray(value).tobytes())
+            digest.update(b"/")
+        return digest.hexdigest()
+
+
+def labels_conditioning(config: Mapping[str, Any], settings: SampleSettings) -> Conditioning:
+    """The class labels of ``settings``, for a model that takes them.
+
+    Raises:
+        DmqError: the labels do not suit the model, or guidance lacks the label that stands for none.
+    """
+    if settings.guidance_scale is not None and settings.null_label is None:
+        raise DmqError("guidance needs the label that stands for no label: give --null-label")
+    labels = labels_for(config, settings.labels, settings.null_label, settings.count)
+    if labels is None:
+        return Conditioning()
+    given = np.array(labels, np.int64)
+    guided = settings.guidance_scale is not None and settings.null_label is not None
+    return Conditioning(
+        {"class_labels": given}, {"class_labels": np.full_like(given, settings.null_label)} if guided else {}
+    )
+
+
+def draw_samples(
+    engine: Engine, settings: SampleSettings, progress: Progress, conditioning: Conditioning | None = None
+) -> Samples:
+    """Samples ``[count, C, H, W]``; number ``i`` depends on the seed and ``i``, not on the batch it is in.
+
+    Args:
+        conditioning: of all samples; None for the labels of ``settings``.
+
+    Raises:
+        DmqError: the settings do not suit the model.
+    """
+    if conditioning is None:
+        conditioning = labels_conditioning(engine.facts.config, settings)
+    return np.concatenate(list(draw_batches(engine, settings, conditioning, settings.batches(), progress)))
+
+
+def draw_batches(
+    engine: Engine, settings: SampleSettings, conditioning: Conditioning, batches: list[range], progress: Progress
+) -> Iterator[Samples]:
+    """The samples of each of ``batches``, one after the other."""
+    total = sum(len(indices) for indices in batches) * (settings.steps or engine.facts.steps)
+    with progress.stage(f"sampling {engine.name}", total, "step") as advance:
+        for indices in batches:
+            yield draw_batch(engine, settings, conditioning.rows(indices), indices, advance)
+
+
+def draw_batch(
+    engine: Engine,
+    settings: SampleSettings,
+    conditioning: Conditioning,
+    indices: range,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Samples:
+    """Samples ``indices``, with their rows of the conditioning.
+
+    Raises:
+        DmqError: the scheduler does not suit the settings.
+    """
+    sampler = sampler_for(engine.facts, settings, indices)
+    guidance = None
+    if settings.guidance_scale is not None:
+        guidance = Guidance(settings.guidance_scale, conditioning.unconditional, np.concatenate)
+    drawn: Samples = sample(
+        lambda x, t, **inputs: engine.denoise(x, float(t), **inputs),
+        initial_noise(sample_shape(engine.facts.config), indices, settings.seed),
+        sampler.scheduler,
+        conditioning.given,
+        guidance=guidance,
+        step_options=sampler.options,
+        callback=lambda evaluation: advance(len(indices)),
+    )
+    return drawn
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler for NumPy arrays with its timesteps set.
+
+    Attributes:
+        name: class name of diffusers' scheduler of this kind.
+        eta: DDIM's noise share.
+        scheduler: see :class:`dmq_export.sampling.Scheduler`.
+        options: of its ``step``.
+    """
+
+    name: str
+    eta: float
+    scheduler: Any
+    options: Mapping[str, Any]
+
+
+def sampler_for(facts: Facts, settings: SampleSettings, indices: range) -> Sampler:
+    """The sampler of one batch.
+
+    Raises:
+        DmqError: it cannot be built, does not take the settings, or needs diffusers, which is not installed.
+    """
+    steps = settings.steps or facts.steps
+    calibrated = str(facts.scheduler.get("_class_name"))
+    name = calibrated if settings.scheduler is None else SCHEDULERS.get(settings.scheduler, settings.scheduler)
+    eta = settings.eta
+    if eta is None:
+        eta = float(facts.recipe.get("eta") or 0) if name == calibrated else 0.0
+    if name == SCHEDULERS["ddim"] and unsupported(facts.scheduler) is None:
+        streams = noise_streams("steps", indices, settings.seed) if eta else []
+        ddim = Ddim(DdimSettings.from_config(facts.scheduler), steps)
+        return Sampler(name, eta, ddim, {"eta": eta, "generator": streams})
+    scheduler = build_scheduler(facts.scheduler, settings.scheduler, steps)
+    import torch
+
+    from calib.scheduler import NumpyScheduler
+
+    generators = [torch.Generator().manual_seed(stream_seed(settings.seed, "steps", i)) for i in indices]
+    return Sampler(name, eta, NumpyScheduler(scheduler), step_options(scheduler, eta=eta, generators=generators))

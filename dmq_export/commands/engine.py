@@ -1,0 +1,186 @@
+"""Opens whatever can be sampled under one contract: ``denoise(sample, timestep, **conditioning) -> prediction``.
+
+Arrays are NumPy's: ``sample [N, C, H, W]`` float32, ``timestep`` one number for the batch, the conditioning
+``[N, ...]`` by the network's input names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.bundled import model_folder
+from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
+from dmq_export.checkpoint import load_checkpoint
+from dmq_export.errors import DmqError
+from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
+from dmq_export.signature import sample_shape
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["auto", "tensorrt", "openvino", "onnxruntime", "torch"]
+Denoise = Callable[..., NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A network that can be sampled, and what must be known of it.
+
+    Attributes:
+        name: for tables and captions.
+        backend: what executes it.
+        denoise: the contract above.
+        facts: its model, and how it was calibrated.
+    """
+
+    name: str
+    backend: str
+    denoise: Denoise
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to execute an engine.
+
+    Attributes:
+        backend: ``auto`` takes the one that the file was exported for.
+        provider: of ONNX Runtime, see :data:`engines.ort.PROVIDERS`, or PyTorch's device; None for the CPU.
+        threads: None leaves the number to the backend.
+    """
+
+    backend: Backend = "auto"
+    provider: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise DmqError(f"no backend is called {self.backend!r}: one of {', '.join(get_args(Backend))} is")
+        if self.threads is not None and self.threads < 1:
+            raise DmqError(f"{self.threads} threads: at least 1 is needed")
+
+
+def open_engine(path: Path, execution: Execution = Execution()) -> Engine:
+    """A ``.plan``, an ``.onnx`` file, or a checkpoint folder (the PyTorch reference).
+
+    Raises:
+        DmqError: ``path`` is none of them, does not suit the backend, or does not load.
+    """
+    if path.is_dir() and (path / CHECKPOINT_FACTS).is_file():
+        return _open_checkpoint(path, execution)
+    if path.suffix == ".onnx" and path.is_file():
+        return _open_onnx(path, execution)
+    if path.suffix == ".plan" and path.is_file():
+        return _open_plan(path, execution)
+    raise DmqError(f"{path} is no engine: give an .onnx file, a .plan, or a DMQ checkpoint folder")
+
+
+def float_engine(model: str, like: Engine) -> Engine:
+    """The float model, to be sampled as ``like`` is.
+
+    Raises:
+        ModelError: it does not load, or is another model than the engine was made from.
+    """
+    import torch
+
+    from calib.denoiser import float_denoiser
+    from calib.model import load_model
+
+    source = load_model(model_folder(model), torch.device("cpu"))
+    expected = sample_shape(like.facts.config)
+    if source.sample_shape != expected:
+        raise DmqError(f"{model} makes samples of {source.sample_shape}, the engine of {expected}")
+    return Engine("float", "torch", float_denoiser(source), like.facts)
+
+
+def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
+    _backend(folder, execution, ("torch",))
+    import torch
+
+    from calib.denoiser import reference_denoiser
+
+    if execution.threads is not None:
+        torch.set_num_threads(execution.threads)
+    device = _torch_device(execution.provider)
+    checkpoint = load_checkpoint(folder)
+    facts = facts_from_json(model_facts(checkpoint, "reference"))
+    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, device), facts)
+
+
+def _torch_device(provider: str | None) -> torch.device:
+    """The device called ``provider``: the CPU, or of several GPUs the one of this process's number.
+
+    Raises:
+        DmqError: there is no such device.
+    """
+    import torch
+
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if provider not in (None, *there):
+        raise DmqError(f"PyTorch {torch.__version__} has no provider {provider} here: {', '.join(there)} can be used")
+    local = int(os.environ.get("LOCAL_RANK", "0"))  # as torchrun numbers the processes of a machine
+    return torch.device("cuda", local) if provider == "cuda" else torch.device("cpu")
+
+
+def _open_onnx(path: Path, execution: Execution) -> Engine:
+    from engines.onnx_metadata import onnx_metadata
+
+    facts = read_facts(onnx_metadata(path), path)
+    made_for_openvino = facts.target == "openvino"
+    able: tuple[Backend, ...] = ("openvino", "onnxruntime") if made_for_openvino else ("onnxruntime", "openvino")
+    backend = _backend(path, execution, able)
+    return Engine(facts.bits, backend, _onnx_denoiser(path, backend, execution), facts)
+
+
+def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> Denoise:
+    if backend == "openvino":
+        from engines.openvino import OpenVinoDenoiser
+
+        return OpenVinoDenoiser(path, threads=execution.threads)
+    from engines.ort import OnnxRuntimeDenoiser
+
+    return OnnxRuntimeDenoiser(path, execution.provider or "cpu", threads=execution.threads)
+
+
+def _open_plan(path: Path, execution: Execution) -> Engine:
+    _require_able(path, execution, ("tensorrt",))
+    _require_provider(path, execution, "tensorrt")
+    from engines.tensorrt import TensorRtDenoiser
+
+    denoiser = TensorRtDenoiser(path)
+    if denoiser.facts.facts is None:
+        raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
+    return Engine(str(denoiser.facts.facts["bits"]), "tensorrt", denoiser, facts_from_json(denoiser.facts.facts))
+
+
+def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Backend:
+    """The backend asked for; for ``auto`` the first of ``able`` that is installed.
+
+    Raises:
+        DmqError: the one asked for does not run ``path``, is not installed, or has no providers though one is named.
+    """
+    _require_able(path, execution, able)
+    installed = [backend for backend in able if find_spec(backend)]
+    backend = (installed or able)[0] if execution.backend == "auto" else execution.backend
+    if backend not in installed:
+        raise DmqError(f"{path} runs on {backend}, which is not installed: pip install {backend}")
+    _require_provider(path, execution, backend)
+    return backend
+
+
+def _require_able(path: Path, execution: Execution, able: tuple[Backend, ...]) -> None:
+    if execution.backend not in ("auto", *able):
+        raise DmqError(f"{path} runs on {' or '.join(able)}, not on {execution.backend}")
+
+
+def _require_provider(path: Path, execution: Execution, backend: Backend) -> None:
+    if execution.provider is not None and backend not in ("onnxruntime", "torch"):
+        raise DmqError(f"--provider {execution.provider} was asked for, but {path} runs on {backend}, which has none")

@@ -1,0 +1,66 @@
+"""OpenVINO as an engine, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.errors import DmqError
+from engines.inputs import Input, checked_inputs, first_line
+
+Precision = Literal["f32", "bf16", "f16"]
+Hint = Literal["LATENCY", "THROUGHPUT"]
+
+
+class OpenVinoDenoiser:
+    """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
+
+    Args:
+        path: an ONNX file.
+        threads: None for as many as there are cores.
+        precision: of what is not quantized. ``f32`` keeps to the arithmetic of the graph; OpenVINO's own default
+            on CPUs with AMX is ``bf16``.
+        hint: what OpenVINO tunes for.
+
+    Raises:
+        DmqError: OpenVINO cannot load the model.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, precision: Precision = "f32", hint: Hint = "LATENCY"
+    ) -> None:
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        self.compiled = _compiled(path, settings)
+        self._inputs = {
+            value.any_name: Input(value.element_type.to_dtype(), _sizes(value.partial_shape))
+            for value in self.compiled.inputs
+        }
+        self._request = self.compiled.create_infer_request()
+
+    def __call__(
+        self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
+        outputs = self._request.infer(checked_inputs(self._inputs, inputs), share_inputs=True)
+        prediction: NDArray[Any] = outputs[self.compiled.output(0)]
+        return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
+
+
+def _compiled(path: Path, settings: dict[str, Any]) -> Any:
+    import openvino
+
+    try:
+        core = openvino.Core()
+        return core.compile_model(core.read_model(str(path)), "CPU", settings)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()) or first_line(error)
+        raise DmqError(f"OpenVINO cannot load {path}: {reason[:300]}") from error
+
+
+def _sizes(shape: Any) -> list[int | str]:
+    return [size.get_length() if size.is_static else "any" for size in shape]

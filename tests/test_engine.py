@@ -1,0 +1,211 @@
+"""Every format and backend under one contract, and what is refused before anything runs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dmq_export.bundled import BUNDLED
+from dmq_export.checkpoint import Checkpoint
+from dmq_export.commands import engine as engines
+from dmq_export.commands.drawing import SampleSettings, draw_samples
+from dmq_export.commands.engine import Execution, float_engine, open_engine
+from dmq_export.commands.verification import DRIFT_FACTOR, PERTURBATION, PERTURBED_RUNS
+from dmq_export.errors import DmqError
+from dmq_export.progress import Progress
+from dmq_export.verify import TOLERANCE, rms_ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = {"onnxruntime": "tiny_onnx", "openvino": "tiny_onnx", "torch": "tiny_checkpoint_folder"}
+SAMPLE = np.random.default_rng(0).standard_normal((2, 1, 8, 8), np.float32)
+LABELS = np.array([0, 2])
+
+
+@pytest.mark.parametrize(("backend", "fixture"), BACKENDS.items())
+def test_the_contract(backend: str, fixture: str, request: pytest.FixtureRequest) -> None:
+    engine = open_engine(request.getfixturevalue(fixture), Execution(backend))
+    assert engine.backend == backend
+    assert engine.name == "w4a8"
+    assert engine.facts.steps == 3
+    assert engine.facts.timesteps == (67, 34, 1)
+    prediction = engine.denoise(SAMPLE, 67.0, class_labels=LABELS)
+    assert prediction.shape == SAMPLE.shape
+    assert prediction.dtype == np.float32
+    again = engine.denoise(SAMPLE, 67.0, class_labels=LABELS)
+    np.testing.assert_array_equal(again, prediction)
+    assert again is not prediction
+    assert not np.shares_memory(again, prediction)  # a solver of higher order keeps earlier predictions
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_prediction_is_the_references_up_to_rounding_ties(
+    backend: str, tiny_onnx: Path, tiny_checkpoint: Checkpoint
+) -> None:
+    """The rule of docs/arithmetic.md: as far as the reference drifts from itself, or as quantization went."""
+    from calib.reference import load_reference, perturbed
+
+    engine = open_engine(tiny_onnx, Execution(backend))
+    reference, probe = load_reference(tiny_checkpoint, torch.device("cpu")), tiny_checkpoint.probe
+    conditioning = {name: torch.from_numpy(value) for name, value in probe.conditioning.items()}
+    for step, timestep in enumerate(probe.timesteps):
+        sample = torch.from_numpy(probe.sample[step])
+        expected = reference(sample, timestep, **conditioning).numpy()
+        others = []
+        for run in range(PERTURBED_RUNS):
+            with perturbed(reference, PERTURBATION, seed=run):
+                others.append(rms_ratio(reference(sample, timestep, **conditioning).numpy() - expected, expected))
+        quantization = rms_ratio(expected - probe.prediction[step], expected)
+        drift = rms_ratio(
+            engine.denoise(probe.sample[step], float(timestep), **probe.conditioning) - expected, expected
+        )
+        assert drift <= max(DRIFT_FACTOR * max(others), quantization) + TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_same_seed_gives_the_references_samples(
+    backend: str, tiny_model: Path, tiny_onnx: Path, tiny_checkpoint_folder: Path
+) -> None:
+    """Closer to them than the float model's are, by far: what differs is what flips at rounding ties."""
+    settings = SampleSettings(count=8, seed=5)
+    reference = open_engine(tiny_checkpoint_folder)
+    expected = draw_samples(reference, settings, Progress(show=False))
+    drawn = draw_samples(open_engine(tiny_onnx, Execution(backend)), settings, Progress(show=False))
+    quantization = draw_samples(float_engine(str(tiny_model), reference), settings, Progress(show=False)) - expected
+    assert np.sqrt(np.square(drawn - expected).mean()) < 0.5 * np.sqrt(np.square(quantization).mean())
+
+
+def test_auto_takes_what_the_file_was_exported_for(tiny_onnx: Path, tmp_path: Path) -> None:
+    assert open_engine(tiny_onnx).backend == "onnxruntime"
+    model = onnx.load(tiny_onnx)
+    facts = json.loads(model.metadata_props[0].value)
+    model.metadata_props[0].value = json.dumps(facts | {"target": "openvino"})
+    onnx.save(model, tmp_path / "ov.onnx")
+    assert open_engine(tmp_path / "ov.onnx").backend == "openvino"
+    assert open_engine(tmp_path / "ov.onnx", Execution("onnxruntime")).backend == "onnxruntime"
+
+
+def test_auto_takes_what_is_installed(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: name == "openvino" or None)
+    assert open_engine(tiny_onnx).backend == "openvino"
+    with pytest.raises(DmqError, match="runs on onnxruntime, which is not installed: pip install onnxruntime"):
+        open_engine(tiny_onnx, Execution("onnxruntime"))
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(DmqError, match="runs on onnxruntime, which is not installed"):
+        open_engine(tiny_onnx)
+
+
+def test_threads_are_taken(tiny_onnx: Path, tiny_checkpoint_folder: Path) -> None:
+    for backend, path in (
+        ("onnxruntime", tiny_onnx),
+        ("openvino", tiny_onnx),
+        ("torch", tiny_checkpoint_folder),
+    ):
+        engine = open_engine(path, Execution(backend, threads=1))
+        assert engine.denoise(SAMPLE, 67.0, class_labels=LABELS).shape == SAMPLE.shape
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        ({"backend": "torch"}, "runs on onnxruntime or openvino, not on torch"),
+        ({"backend": "tensorrt"}, "runs on onnxruntime or openvino, not on tensorrt"),
+        ({"backend": "tpu"}, "no backend is called 'tpu': one of auto, tensorrt"),
+        ({"threads": 0}, "0 threads: at least 1"),
+        ({"backend": "openvino", "provider": "cpu"}, "--provider cpu was asked for, but .* runs on openvino, which"),
+        ({"provider": "tpu"}, "no provider tpu here .*: .*cpu.* can be used"),
+    ],
+)
+def test_what_cannot_run_it_is_refused(tiny_onnx: Path, execution: dict[str, object], message: str) -> None:
+    with pytest.raises(DmqError, match=message):
+        open_engine(tiny_onnx, Execution(**execution))
+
+
+def test_a_checkpoint_runs_on_torch_alone(tiny_checkpoint_folder: Path) -> None:
+    assert open_engine(tiny_checkpoint_folder, Execution(provider="cpu")).backend == "torch"
+    with pytest.raises(DmqError, match=r"PyTorch .* has no provider tensorrt here: cpu"):
+        open_engine(tiny_checkpoint_folder, Execution(provider="tensorrt"))
+    with pytest.raises(DmqError, match="runs on torch, not on onnxruntime"):
+        open_engine(tiny_checkpoint_folder, Execution("onnxruntime"))
+
+
+def test_a_plan_that_cannot_run_here_is_one_line(tmp_path: Path) -> None:
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"no plan")
+    with pytest.raises(DmqError, match=r"TensorRT|engine.json") as raised:
+        open_engine(plan)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(DmqError, match="runs on tensorrt, not on openvino"):
+        open_engine(plan, Execution("openvino"))
+
+
+def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.onnx", ROOT / "README.md"):
+        with pytest.raises(DmqError, match=re.escape(f"{path} is no engine: give an .onnx file, a .plan, or a DMQ")):
+            open_engine(path)
+
+
+def test_a_float_model_of_another_shape_is_refused(tiny_onnx: Path) -> None:
+    engine = open_engine(tiny_onnx)
+    other = replace(engine, facts=replace(engine.facts, config={**engine.facts.config, "sample_size": 4}))
+    with pytest.raises(DmqError, match=r"digits makes samples of \(1, 16, 16\), the engine of \(1, 4, 4\)"):
+        float_engine(str(BUNDLED / "digits"), other)
+
+
+DEPLOYED = """
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+from pathlib import Path
+import numpy as np
+from dmq_export.facts import read_facts
+from dmq_export.noise import initial_noise
+from dmq_export.sampling import sample
+from dmq_export.signature import sample_shape
+from engines.ddim import Ddim, DdimSettings
+from engines.onnx_metadata import onnx_metadata
+from engines.{module} import {denoiser}
+
+path = Path({path!r})
+facts = read_facts(onnx_metadata(path), path)
+ddim = Ddim(DdimSettings.from_config(facts.scheduler), facts.steps)
+noise = initial_noise(sample_shape(facts.config), range(5), seed=3)
+samples = sample({denoiser}(path, threads=1), noise, ddim, {{"class_labels": np.arange(5) % 3}})
+np.save({output!r}, samples)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "denoiser", "other"),
+    [("ort", "OnnxRuntimeDenoiser", "openvino"), ("openvino", "OpenVinoDenoiser", "onnxruntime")],
+)
+def test_an_engine_is_deployable_with_numpy_and_its_runtime_alone(
+    module: str, denoiser: str, other: str, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    """Everything else that the package depends on is made impossible to import."""
+    ours = "torch diffusers onnx onnx_ir onnxscript safetensors PIL tqdm click polygraphy"
+    blocked = [*ours.split(), other]
+    output = tmp_path / "samples.npy"
+    code = DEPLOYED.format(blocked=blocked, module=module, denoiser=denoiser, path=str(tiny_onnx), output=str(output))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    backend = {"ort": "onnxruntime", "openvino": "openvino"}[module]
+    engine = open_engine(tiny_onnx, Execution(backend, threads=1))
+    expected = draw_samples(engine, SampleSettings(count=5, seed=3), Progress(show=False))
+    np.testing.assert_array_equal(np.load(output), expected)
+
+
+def test_the_example_of_the_docs_runs(tiny_onnx: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engines.md").read_text(), re.S)
+    shutil.copy(tiny_onnx, tmp_path / "model.onnx")
+    block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'onnx', 'PIL', 'tqdm', 'click']))"
+    code = f"{block}\n{example}\nassert samples.shape == (8, 1, 8, 8)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
