@@ -139,7 +139,7 @@ def _fit_block(
         for iteration in range(iterations):
             rows = torch.randint(len(calls.output), (BATCH,), generator=generator)
             args, kwargs = calls.picked(rows.to(calls.output.device))
-            error = _first_tensor(module(*args, **kwargs)) - calls.output[rows]
+            error = _whole_output(module(*args, **kwargs)) - calls.output[rows]
             loss = error.square().sum(1).mean() + _regularizer(soft.values(), iteration / iterations)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -164,7 +164,7 @@ def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> B
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, _first_tensor(output)))
+        calls.append((args, kwargs, _whole_output(output)))
         raise _BlockDone
 
     device = next(network.parameters()).device
@@ -195,9 +195,12 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values).contiguous() if isinstance(values[0], Tensor) else values[0]
 
 
-def _first_tensor(output: Any) -> Tensor:
-    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
-    return tensor
+def _whole_output(output: Any) -> Tensor:
+    """All that a block passes on; the streams of text and picture of a joint block end to end, ``[N, L + S, D]``."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([tensor for tensor in tensors if isinstance(tensor, Tensor)], dim=1)
 
 
 def _first_samples(trajectories: Trajectories, evaluations: int) -> Trajectories:

@@ -56,7 +56,7 @@ def calibrate(
     require_place(output, replace_existing=fresh)
     with torchrun_ranks() as ranks:
         limits = replace(limits, device=own_device(limits.device))
-        source = load_model(model, limits.device)
+        source = load_model(model, limits.device, sample_size=recipe.sample_size)
         surveyed = _survey(source, recipe, strict=strict)
         folder = work_folder(output)
         plan = make_plan(source, surveyed, recipe, limits, folder)
@@ -78,7 +78,7 @@ def planned(model: Path, output: Path, recipe: Recipe, limits: Limits, *, strict
     Raises:
         DmqError: as :func:`calibrate`, as far as can be seen beforehand.
     """
-    source = load_model(model, limits.device)
+    source = load_model(model, limits.device, sample_size=recipe.sample_size)
     surveyed = _survey(source, recipe, strict=strict)
     return surveyed, make_plan(source, surveyed, recipe, limits, work_folder(output))
 
@@ -182,7 +182,7 @@ def _run_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
 
 
 def _model_facts(source: SourceModel, recipe: Recipe) -> ModelFacts:
-    scheduler = build_scheduler(source.scheduler, recipe.scheduler, recipe.steps)
+    scheduler = build_scheduler(source.scheduler, recipe.scheduler, recipe.steps, source.config)
     return ModelFacts(
         class_name=source.class_name,
         config=dict(source.config),

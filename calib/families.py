@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmq_export.signature import label_count
+from dmq_export.arguments import TEXT_LENGTH, arguments
 
 TIME_AND_LABEL_LAYERS = (
     "time_embedding.*",
@@ -19,8 +20,13 @@ TIME_AND_LABEL_LAYERS = (
     "*timestep_embedder*",
     "*class_embedder*",
     "*.norm1.linear",
+    "*.norm1_context.linear",
+    "*.norm.linear",
+    "norm_out.linear",
     "*adaln_single*",
+    "proj_out_1",
 )
+TEXT_LAYERS = ("encoder_hid_proj*", "caption_projection.*", "context_embedder")
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,20 @@ class Family:
         classes: diffusers class names.
         block_classes: modules whose weights are rounded together (BRECQ blocks); layers outside any block
             are rounded on their own.
-        float_layers: name patterns of layers that stay float, beside the first and the last.
+        time_layers, text_layers: name patterns of layers that stay float, beside the first and the last: those that
+            embed the time or the label, their projections in the blocks, and the text's way in.
     """
 
     classes: tuple[str, ...]
     block_classes: tuple[str, ...]
-    float_layers: tuple[str, ...] = TIME_AND_LABEL_LAYERS
+    time_layers: tuple[str, ...] = TIME_AND_LABEL_LAYERS
+    text_layers: tuple[str, ...] = TEXT_LAYERS
+
+    def float_reason(self, name: str) -> str | None:
+        """Why the layer ``name`` stays float, or None."""
+        if any(fnmatchcase(name, pattern) for pattern in self.time_layers):
+            return "time or label embedding"
+        return "text embedding" if any(fnmatchcase(name, pattern) for pattern in self.text_layers) else None
 
 
 GENERIC = Family(
@@ -64,11 +78,14 @@ def family_of(class_name: str) -> Family:
     return next((family for family in FAMILIES if class_name in family.classes), GENERIC)
 
 
-def example_conditioning(config: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
-    """Conditioning of the right shapes and types, to run the model once."""
+def example_conditioning(class_name: str, config: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
+    """Conditioning of the right shapes and types, to run the model once.
+
+    Raises:
+        ModelError: the model is told something that this tool cannot give.
+    """
     example: dict[str, Tensor] = {}
-    if label_count(config) is not None:
-        example["class_labels"] = torch.zeros(batch, dtype=torch.int64)
-    if config.get("cross_attention_dim") is not None:
-        example["encoder_hidden_states"] = torch.zeros(batch, 77, int(config["cross_attention_dim"]))
+    for argument in arguments(class_name, config):
+        shape = (batch, *(TEXT_LENGTH if size is None else size for size in argument.shape))
+        example[argument.name] = torch.zeros(shape, dtype=torch.int64 if argument.integer else torch.float32)
     return example

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.families import Family, family_of
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.files import read_json, sha256
-from dmq_export.signature import sample_shape
+from dmq_export.network import predict as predict  # the exporter traces exactly what calibration runs
+from dmq_export.signature import FLUX, sample_shape
 
 DENOISER_FOLDERS = ("unet", "transformer")
+FLUX_SAMPLE_SIZE = 128  # latents of 1024x1024 pixels
 LONGEST_REASON = 300  # characters of a message that is not ours
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -27,7 +29,7 @@ class SourceModel:
     Attributes:
         network: the diffusers module, float32.
         class_name: of ``network``.
-        config: of ``network``, JSON values only.
+        config: of ``network``, JSON values only; with a ``sample_size`` where the model's own states none.
         scheduler: configuration found beside it; empty if there is none.
         weights_sha256: over all weight files, names included.
     """
@@ -43,18 +45,21 @@ class SourceModel:
         return family_of(self.class_name)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, ...]:
         return sample_shape(self.config)
 
 
-def load_model(folder: Path, device: torch.device) -> SourceModel:
+def load_model(folder: Path, device: torch.device, *, sample_size: int | None = None) -> SourceModel:
     """Load the denoiser of a diffusers folder (a pipeline's, or the denoiser's own) onto ``device``.
+
+    Args:
+        sample_size: height and width of the latents, for Flux alone; None is that of its pipeline, 128.
 
     Raises:
         ModelError: there is no such folder, it holds no diffusers denoiser, or its weights do not load.
     """
-    denoiser = _denoiser_folder(folder)
-    config = _config(denoiser)
+    denoiser = denoiser_folder(folder)
+    config = read_config(denoiser, sample_size)
     class_name = str(config["_class_name"])
     network = _network(denoiser, class_name).to(device).eval().requires_grad_(False)
     scheduler = denoiser.parent / "scheduler" / "scheduler_config.json"
@@ -67,15 +72,12 @@ def load_model(folder: Path, device: torch.device) -> SourceModel:
     )
 
 
-def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """One evaluation: ``sample [N, ...]``, ``timestep [] or [N]`` to the prediction ``[N, ...]``."""
-    per_sample = timestep.expand(len(sample))  # transformers insist on one timestep per sample
-    output = network(sample, per_sample, **conditioning, return_dict=False)
-    prediction: Tensor = output[0]
-    return prediction
+def denoiser_folder(folder: Path) -> Path:
+    """Where the denoiser of a diffusers folder lies: in ``unet`` or ``transformer``, or in the folder itself.
 
-
-def _denoiser_folder(folder: Path) -> Path:
+    Raises:
+        ModelError: it is nowhere there.
+    """
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder: give a local diffusers folder "
@@ -91,13 +93,33 @@ def _denoiser_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _config(denoiser: Path) -> dict[str, Any]:
+def read_config(denoiser: Path, sample_size: int | None = None) -> dict[str, Any]:
+    """The configuration of the model in ``denoiser``, its class as ``_class_name``.
+
+    Raises:
+        ModelError: it cannot be read, or does not go with ``sample_size``.
+    """
     try:
         config = read_json(denoiser / "config.json")
     except DmqError as error:
         raise ModelError(str(error)) from error
     if "_class_name" not in config:
         raise ModelError(f"{denoiser}/config.json names no diffusers class (_class_name is missing)")
+    return _sized(config, sample_size)
+
+
+def _sized(config: dict[str, Any], sample_size: int | None) -> dict[str, Any]:
+    """The configuration with the sample size that Flux's does not state."""
+    if config["_class_name"] == FLUX:
+        size = FLUX_SAMPLE_SIZE if sample_size is None else sample_size
+        if size < 2 or size % 2:
+            raise ModelError(f"sample size {size}: Flux packs 2x2 latents into a token, so an even number is needed")
+        return config | {"sample_size": size}
+    if sample_size is not None:
+        raise ModelError(
+            f"{config['_class_name']}'s config.json states its sample size, {config.get('sample_size')}: "
+            "leave out --sample-size"
+        )
     return config
 
 

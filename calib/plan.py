@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.capture import Extrema, LayerInputs, capture_bytes, columns_of, patch_rows
+from calib.conditioning import conditioning_for
 from calib.families import example_conditioning
 from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
 from calib.les import OUTPUTS
@@ -117,7 +118,7 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
         DmqError: no plan does.
     """
     specs = surveyed.coverage.quantized
-    branches = 1 if recipe.guidance_scale is None else 2
+    branches = 2 if conditioning_for(source, recipe, 1).unconditional else 1
     activations = branches * activation_bytes(source)
     rows = recipe.samples * branches
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
@@ -192,7 +193,8 @@ def _evaluation_seconds(source: SourceModel, batch: int) -> float:
 
 def _evaluate_zeros(source: SourceModel, batch: int) -> None:
     device = next(source.network.parameters()).device
-    told = {key: value.to(device) for key, value in example_conditioning(source.config, batch=batch).items()}
+    example = example_conditioning(source.class_name, source.config, batch=batch)
+    told = {key: value.to(device) for key, value in example.items()}
     with torch.no_grad():
         sample = torch.zeros(batch, *source.sample_shape, device=device)
         predict(source.network, sample, torch.tensor(1.0, device=device), told).cpu()

@@ -1,9 +1,10 @@
 """Every setting of a calibration, with its default; the presets; no torch, so that ``--help`` is instant."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from dmq_export.bits import Bits
+from dmq_export.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 
@@ -27,6 +28,8 @@ class Recipe:
         guidance_scale: classifier-free guidance, or None.
         labels: class labels, cycled over the samples; empty for none, or for all the model knows.
         null_label: the label that stands for "no label" in guidance.
+        embeddings: of prompts, cycled over the samples, or None; recorded as their number and sha256.
+        sample_size: height and width of the latents, for a model whose configuration states none (Flux).
         weight_grid: search the weight ranges by squared error instead of min-max.
         les_iterations: of learned equivalent scaling per layer; 0 leaves it out.
         les_learning_rate: of Adam, on the logarithm of the factors.
@@ -56,6 +59,8 @@ class Recipe:
     guidance_scale: float | None = None
     labels: tuple[int, ...] = ()
     null_label: int | None = None
+    embeddings: Embeddings | None = None
+    sample_size: int | None = None
     weight_grid: bool = True
     les_iterations: int = 100
     les_learning_rate: float = 1e-2
@@ -96,9 +101,11 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; bit widths as ``w4a8``."""
-        return asdict(self) | {
+        told = self.embeddings
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
             "bits": str(self.bits),
             "labels": list(self.labels),
+            "embeddings": None if told is None else {"count": told.count, "sha256": told.sha256},
             "float_layers": list(self.float_layers),
         }
 

@@ -49,7 +49,7 @@ class Stages:
         recipe = self.recipe
         settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
         conditioning = conditioning_for(self.source, recipe, count)
-        evaluations = recipe.steps * (1 if recipe.guidance_scale is None else 2)
+        evaluations = recipe.steps * (2 if conditioning.unconditional else 1)
         starts = range(0, count, self.plan.batch)
         batches = {f"{name}/{start}": range(start, min(start + self.plan.batch, count)) for start in starts}
 

@@ -119,7 +119,7 @@ def observe(source: SourceModel) -> list[Call]:
         if type(module) in KINDS
     ]
     device = next(source.network.parameters()).device
-    conditioning = example_conditioning(source.config, batch=2)
+    conditioning = example_conditioning(source.class_name, source.config, batch=2)
     try:
         with torch.no_grad(), concats:
             sample = torch.zeros(2, *source.sample_shape, device=device)
@@ -164,15 +164,14 @@ def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequen
     counts = Counter(call.name for call in calls)
     modules = {name: module for name, module in source.network.named_modules() if isinstance(module, WEIGHTED)}
     obstacles = {name: why for name, module in modules.items() if (why := _obstacle(module, counts[name]))}
-    embeddings = [name for name in modules if _matches(name, source.family.float_layers)]
-    wanted = dict.fromkeys(embeddings, "time or label embedding")
+    wanted = {name: why for name in modules if (why := source.family.float_reason(name))}
     candidates = [name for name in dict.fromkeys(call.name for call in calls) if name not in wanted | obstacles]
     if candidates:
         wanted |= {candidates[-1]: "last layer", candidates[0]: "first layer"}
     wanted = _excluded(list(modules), float_patterns) | wanted
     reasons = obstacles | wanted
     order = [*dict.fromkeys(call.name for call in calls), *modules]
-    products = [name for name, module in source.network.named_modules() if type(module).__name__ == "Attention"]
+    products = [name for name, module in source.network.named_modules() if type(module).__name__.endswith("Attention")]
     return (
         *(
             FloatLayer(name, _kind(modules[name]), _size(modules[name]), reason, by_design=name in wanted)
@@ -264,10 +263,6 @@ def _siblings(specs: Sequence[LayerSpec], calls: Mapping[str, Call]) -> tuple[tu
         alone = spec.name if spec.groups > 1 else None
         families.setdefault((calls[spec.name].source, window, alone), []).append(spec)
     return tuple(tuple(family) for family in families.values())
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _kind(module: nn.Module) -> str:

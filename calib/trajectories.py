@@ -42,7 +42,8 @@ class Conditioning:
 
     Attributes:
         given: for the samples.
-        unconditional: the same for guidance's other branch; empty without guidance.
+        unconditional: the same for guidance's other branch; empty without guidance, and for a model that is told
+            the guidance scale.
     """
 
     given: Mapping[str, Tensor]
@@ -107,14 +108,14 @@ def record_trajectories(
         DmqError: the scheduler cannot be built, or does not take ``eta``.
     """
     device = next(source.network.parameters()).device
-    scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps)
+    scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps, source.config)
     given, without = (
         {key: value[indices.start : indices.stop].to(device) for key, value in branch.items()}
         for branch in (conditioning.given, conditioning.unconditional)
     )
     generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
     scale = settings.guidance_scale
-    guidance = None if scale is None else Guidance(scale, without, torch.cat)
+    guidance = None if scale is None or not conditioning.unconditional else Guidance(scale, without, torch.cat)
     recorder = _Recorder(advance)
 
     def denoise(x: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:

@@ -132,6 +132,9 @@ def main() -> None:
 @preset_option("--labels", field="labels", type=LabelList(), help="Class labels, such as 0-9.")
 @preset_option("--null-label", field="null_label", type=int, help="The label that stands for no label.")
 @preset_option("--guidance-scale", field="guidance_scale", type=float, help="Classifier-free guidance.")
+@click.option("--prompts", type=FOLDER, help="Text file, a prompt per line, for the pipeline's own text encoder.")
+@click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
+@preset_option("--sample-size", field="sample_size", type=click.IntRange(min=2), help="Latents of a Flux model.")
 @preset_option("--rounding", field="rounding", type=choice(Rounding), help="Of the weights.")
 @preset_option("--les-iters", field="les_iterations", type=click.IntRange(min=0), help="Equivalent scaling.")
 @preset_option("--timestep-alpha", field="timestep_alpha", type=click.FloatRange(min=0), help="Adaptive step weight.")
@@ -161,6 +164,8 @@ def calibrate(
     log_json: Path | None,
     strict: bool,
     fresh: bool,
+    prompts: Path | None,
+    prompt_embeds: Path | None,
     **settings: Any,
 ) -> None:
     r"""Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
@@ -173,11 +178,13 @@ def calibrate(
     torchrun --nproc-per-node 4 -m dmq_export calibrate MODEL -o ckpt
     """
     from dmq_export.commands.calibrate import Means, calibrate_model, plan_model
+    from dmq_export.commands.prompts import Prompting
 
     recipe = recipe_from(preset, **settings)
     means = Means(device, max_memory, workers, log_json)
+    prompting = Prompting(file=prompts, embeddings=prompt_embeds)
     run = plan_model if dry_run else calibrate_model
-    result = run(model, output, recipe, means, strict=strict, fresh=fresh)
+    result = run(model, output, recipe, means, prompting, strict=strict, fresh=fresh)
     if result is not None:  # one of the processes of torchrun speaks for all
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
@@ -278,6 +285,10 @@ def trt_build(
 @click.option("--labels", type=LabelList(), default=(), show_default="all", help="Class labels, such as 0-9.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: none]")
 @click.option("--null-label", type=int, help="The label that stands for no label.")
+@click.option("--pipeline", type=FOLDER, help="Its text encoder reads prompts, its decoder makes pictures of latents.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="To draw; several take turns.")
+@click.option("--prompts", "prompt_file", type=FOLDER, help="Text file, a prompt per line.")
+@click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
 @seed_option
 def sample(
@@ -288,17 +299,23 @@ def sample(
     backend: Any,
     provider: str | None,
     threads: int | None,
+    pipeline: Path | None,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    prompt_embeds: Path | None,
     **settings: Any,
 ) -> None:
     """Draw pictures from ENGINE: a .plan, an ONNX file, or a checkpoint folder (the PyTorch reference)."""
     from dmq_export.commands.drawing import SampleSettings
     from dmq_export.commands.engine import Execution
+    from dmq_export.commands.prompts import Prompting
     from dmq_export.commands.sample import Outputs, sample_engine
     from dmq_export.progress import Progress
 
-    outputs = Outputs(picture, npz, reference)
+    outputs = Outputs(picture, npz, reference, pipeline)
     execution = Execution(backend, provider, threads)
-    click.echo(sample_engine(engine, SampleSettings(**settings), outputs, Progress(), execution).text())
+    prompting = Prompting(prompts, prompt_file, prompt_embeds)
+    click.echo(sample_engine(engine, SampleSettings(**settings), outputs, Progress(), execution, prompting).text())
 
 
 @main.command()

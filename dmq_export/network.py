@@ -5,17 +5,56 @@ PyTorch's home is ``calib``; the exporter needs a module to trace, so its import
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dmq_export.arguments import nested, timestep_unit
 from dmq_export.errors import CheckpointError
+from dmq_export.signature import FLUX
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from dmq_export.checkpoint import Checkpoint
+
+
+def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """One evaluation, called as diffusers' pipelines call the model.
+
+    Args:
+        sample: ``[N, ...]``.
+        timestep: the scheduler's, ``[]`` or ``[N]``.
+        conditioning: the flat mapping of :mod:`dmq_export.arguments`, each ``[N, ...]``.
+
+    Returns:
+        The prediction ``[N, ...]``.
+    """
+    class_name = type(network).__name__
+    named = nested(conditioning)
+    if class_name == FLUX:
+        named |= _position_ids(sample, named["encoder_hidden_states"])
+    unit = timestep_unit(class_name)
+    per_sample = timestep.expand(sample.shape[0])  # transformers insist on one timestep per sample
+    output = network(sample, timestep=per_sample if unit == 1 else per_sample / unit, **named, return_dict=False)
+    prediction: Tensor = output[0]
+    return prediction
+
+
+def _position_ids(sample: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Where Flux's tokens lie: ``img_ids [tokens, 3]`` hold 0, row and column of a square, ``txt_ids [L, 3]`` zeros.
+
+    They are no inputs: the shapes say them, and so the exported graph holds what follows from them as constants.
+    """
+    import torch
+
+    side = math.isqrt(sample.shape[1])
+    index = torch.arange(side * side, device=sample.device)
+    image = torch.stack([torch.zeros_like(index), index // side, index % side], dim=-1)
+    return {"img_ids": image.float(), "txt_ids": torch.zeros(text.shape[1], 3, device=sample.device)}
 
 
 def replace_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -54,7 +93,7 @@ def build_network(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> n
     if model_class is None:
         raise CheckpointError(f"diffusers {diffusers.__version__} has no {checkpoint.model.class_name!r}")
     with torch.device("meta"):  # no memory and no initialisation for weights that are replaced anyway
-        network: nn.Module = model_class.from_config(dict(checkpoint.model.config))
+        network: nn.Module = model_class.from_config(_known(model_class, checkpoint.model.config))
     replace_modules(network, modules)
     for name, value in checkpoint.float_tensors.items():
         _set_tensor(network, name, torch.from_numpy(value))
@@ -62,6 +101,12 @@ def build_network(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> n
         if tensor.is_meta:
             raise CheckpointError(f"the checkpoint lacks the tensor {name} of {checkpoint.model.class_name}")
     return network.eval().requires_grad_(False)
+
+
+def _known(model_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class takes: ours says the sample size of models that state none."""
+    accepted = inspect.signature(model_class).parameters
+    return {key: value for key, value in config.items() if key in accepted}
 
 
 def _set_tensor(network: nn.Module, name: str, value: Any) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 
 from dmq_export.errors import ModelError
 
+FLUX = "FluxTransformer2DModel"
+FLUX_PATCH = 2  # its pipeline packs 2x2 latents into one token
 
-def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """``(channels, height, width)`` of one sample.
+
+def sample_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """``(channels, height, width)`` of one sample; ``(tokens, channels)`` of Flux, whose latents come in packed.
 
     Raises:
         ModelError: the configuration does not say.
@@ -15,9 +18,24 @@ def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     try:
         size, channels = config["sample_size"], int(config["in_channels"])
         height, width = (size, size) if isinstance(size, int) else size
+        if config.get("_class_name") == FLUX:
+            return int(height) // FLUX_PATCH * (int(width) // FLUX_PATCH), channels
         return channels, int(height), int(width)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError("the model's config.json states no sample_size and in_channels") from error
+
+
+def image_tokens(config: Mapping[str, Any]) -> int:
+    """How many tokens a transformer cuts one sample into.
+
+    Raises:
+        ModelError: the configuration does not say.
+    """
+    first, *rest = sample_shape(config)
+    if config.get("_class_name") == FLUX:
+        return first
+    height, width = (size // int(config.get("patch_size") or 1) for size in rest)
+    return height * width
 
 
 def label_count(config: Mapping[str, Any]) -> int | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dmq_export.errors import ExportError
 from dmq_export.layer import LayerSpec
-from dmq_export.network import build_network
+from dmq_export.network import build_network, predict
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,6 +70,7 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
     if program is None:
         raise ExportError(f"PyTorch returned no ONNX program for {checkpoint.model.class_name}")
     _name_batch(program.model)
+    _drop_idle_squeezes(program.model.graph)
     return program.model
 
 
@@ -90,8 +91,24 @@ def _name_batch(model: ir.Model) -> None:
             value.shape = ir.Shape(sizes)
 
 
+def _drop_idle_squeezes(graph: ir.Graph) -> None:
+    """Remove every Squeeze of an axis that is not of size 1: nothing in PyTorch (PixArt has one), refused by ONNX."""
+    import onnx_ir as ir
+
+    for node in [node for node in graph if node.op_type == "Squeeze" and len(node.inputs) == 2]:
+        x, axes = node.inputs
+        constant = None if axes is None else ir.convenience.get_const_tensor(axes)
+        if x is None or x.shape is None or constant is None:
+            continue
+        sizes = [x.shape[int(axis)] for axis in constant.numpy().flatten()]
+        if all(isinstance(size, int) and size != 1 for size in sizes):
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            graph.remove(node, safe=True)
+
+
 def _positional(network: nn.Module, names: list[str]) -> nn.Module:
     """The network with conditioning as one dictionary argument and a plain tensor as its result."""
+    import torch
     from torch import nn
 
     class Positional(nn.Module):
@@ -100,9 +117,9 @@ def _positional(network: nn.Module, names: list[str]) -> nn.Module:
             self.network = network
 
         def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            named = {name: conditioning[name] for name in names}
-            output: Tensor = self.network(sample, timestep.expand(sample.shape[0]), **named, return_dict=False)[0]
-            return output
+            for value in conditioning.values():  # or PyTorch takes each input's batch for a size of its own
+                torch._check(value.shape[0] == sample.shape[0])  # type: ignore[no-untyped-call]
+            return predict(self.network, sample, timestep, {name: conditioning[name] for name in names})
 
     return Positional().eval()
 

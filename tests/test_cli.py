@@ -82,7 +82,8 @@ def test_a_transformer_on_latents_goes_the_same_road(out: Path) -> None:
 def test_a_model_that_wants_text_is_refused(out: Path) -> None:
     model = save_tiny_conditional(out / "sd")
     assert_refused(
-        run("calibrate", model, "-o", out / "ckpt", *TINY), "UNet2DConditionModel is told what to draw by text"
+        run("calibrate", model, "-o", out / "ckpt", *TINY),
+        r"UNet2DConditionModel is told what to draw by encoder_hidden_states \[S, L, 16\]: give --prompts FILE",
     )
 
 

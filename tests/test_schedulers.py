@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,10 @@ CLASSES = {
     "euler": diffusers.EulerDiscreteScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
 }
+FLOW_CONFIG = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+SHIFTED = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64, "max_shift": 1.3}
+SD3 = {"_class_name": "SD3Transformer2DModel", "sample_size": 12, "in_channels": 4, "patch_size": 2}
+FLUX = {"_class_name": "FluxTransformer2DModel", "sample_size": 12, "in_channels": 16, "patch_size": 1}
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,3 +167,35 @@ def test_eta_for_a_scheduler_that_has_none_is_refused(name: str) -> None:
     expected = f"^eta 0.5 was asked for, but {CLASSES[name].__name__} takes none: use --scheduler ddim$"
     with pytest.raises(DmqError, match=expected):
         step_options(scheduler, eta=0.5, generators=[])
+
+
+def test_a_flow_scheduler_scales_neither_the_noise_nor_the_input() -> None:
+    scheduler = build_scheduler(FLOW_CONFIG, None, 4)
+    sample = torch.randn(1, 2)
+    assert scheduler.init_noise_sigma == 1
+    assert scheduler.scale_model_input(sample, scheduler.timesteps[0]) is sample
+
+
+@pytest.mark.parametrize("model", [SD3, FLUX], ids=["sd3", "flux"])
+def test_a_flow_scheduler_is_shifted_by_the_picture_as_in_the_pipelines(model: dict[str, Any]) -> None:
+    tokens = 36  # 12 x 12 latents in patches of 2 x 2, for Flux packed already
+    mu = 0.5 + (tokens - 16) * (1.3 - 0.5) / (64 - 16)
+    expected = diffusers.FlowMatchEulerDiscreteScheduler(**SHIFTED)
+    sigmas = {"sigmas": np.linspace(1.0, 1 / 5, 5)} if model is FLUX else {}
+    expected.set_timesteps(5, mu=mu, **sigmas)
+    scheduler = build_scheduler(FLOW_CONFIG | SHIFTED, None, 5, model)
+    assert scheduler.timesteps.tolist() == expected.timesteps.tolist()
+    assert scheduler.sigmas.tolist() == expected.sigmas.tolist()
+
+
+def test_a_shift_by_the_picture_needs_the_model() -> None:
+    with pytest.raises(DmqError, match="states no sample_size and in_channels"):
+        build_scheduler(FLOW_CONFIG | SHIFTED, None, 5)
+
+
+@pytest.mark.parametrize(("config", "model"), [(FLOW_CONFIG, {}), ({}, SD3)], ids=["its scheduler", "its class"])
+def test_a_diffusion_scheduler_for_a_flow_matching_model_is_refused(
+    config: dict[str, Any], model: dict[str, Any]
+) -> None:
+    with pytest.raises(DmqError, match=r"^DDIMScheduler does not suit a flow-matching model: leave out --scheduler"):
+        build_scheduler(config, "ddim", 5, model)

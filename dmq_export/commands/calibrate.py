@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib.recipe import Recipe
 from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import Checkpoint, require_place
+from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError
 from dmq_export.memory import in_words, peak_memory
@@ -129,24 +130,43 @@ class CalibrationPlan:
 
 
 def calibrate_model(
-    model: str, output: Path, recipe: Recipe, means: Means, *, strict: bool = False, fresh: bool = False
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    means: Means,
+    prompting: Prompting = NO_TEXT,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
 ) -> Calibration | None:
     """Calibrate a diffusers folder or a bundled model by name; None in the processes of torchrun but the first.
+
+    Args:
+        prompting: where the text comes from that the model is told.
 
     Raises:
         DmqError: bad input; nothing is written then.
     """
     from calib.calibrate import calibrate
 
-    progress = Progress(log=means.log)
-    checkpoint = calibrate(model_folder(model), output, recipe, means.limits(), progress, strict=strict, fresh=fresh)
+    progress, limits = Progress(log=means.log), means.limits()
+    require_place(output, replace_existing=fresh)  # before any prompt is encoded
+    recipe = _with_text(model, recipe, prompting, limits, progress)
+    checkpoint = calibrate(model_folder(model), output, recipe, limits, progress, strict=strict, fresh=fresh)
     if int(os.environ.get("RANK", 0)):
         return None
     return Calibration(output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
 
 
 def plan_model(
-    model: str, output: Path, recipe: Recipe, means: Means, *, strict: bool = False, fresh: bool = False
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    means: Means,
+    prompting: Prompting = NO_TEXT,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
 ) -> CalibrationPlan:
     """What :func:`calibrate_model` would do; nothing is written.
 
@@ -156,8 +176,22 @@ def plan_model(
     from calib.calibrate import planned
 
     require_place(output, replace_existing=fresh)
-    surveyed, plan = planned(model_folder(model), output, recipe, means.limits(), strict=strict)
+    limits = means.limits()
+    recipe = _with_text(model, recipe, prompting, limits, Progress(log=means.log))
+    surveyed, plan = planned(model_folder(model), output, recipe, limits, strict=strict)
     return CalibrationPlan(surveyed.coverage, plan)
+
+
+def _with_text(model: str, recipe: Recipe, prompting: Prompting, limits: Limits, progress: Progress) -> Recipe:
+    """The recipe with the embeddings of what is to be drawn."""
+    embeddings = prompting.encoded(
+        model_folder(model),
+        progress,
+        guidance_scale=recipe.guidance_scale,
+        device=limits.device,
+        sample_size=recipe.sample_size,
+    )
+    return recipe if embeddings is None else replace(recipe, embeddings=embeddings)
 
 
 def choose_device(device: Device) -> Any:

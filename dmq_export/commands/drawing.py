@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.commands.engine import Engine
+from dmq_export.conditioning import Asked, labels_told, told
+from dmq_export.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
 from dmq_export.noise import initial_noise, noise_streams
@@ -22,7 +24,7 @@ from dmq_export.progress import Progress
 from dmq_export.sampling import Guidance, sample
 from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
 from dmq_export.seeds import stream_seed
-from dmq_export.signature import labels_for, sample_shape
+from dmq_export.signature import sample_shape
 from engines.ddim import Ddim, DdimSettings, unsupported
 
 Samples = NDArray[np.float32]
@@ -100,16 +102,21 @@ def labels_conditioning(config: Mapping[str, Any], settings: SampleSettings) -> 
     Raises:
         DmqError: the labels do not suit the model, or guidance lacks the label that stands for none.
     """
-    if settings.guidance_scale is not None and settings.null_label is None:
-        raise DmqError("guidance needs the label that stands for no label: give --null-label")
-    labels = labels_for(config, settings.labels, settings.null_label, settings.count)
-    if labels is None:
-        return Conditioning()
-    given = np.array(labels, np.int64)
-    guided = settings.guidance_scale is not None and settings.null_label is not None
-    return Conditioning(
-        {"class_labels": given}, {"class_labels": np.full_like(given, settings.null_label)} if guided else {}
-    )
+    return Conditioning(*labels_told(config, _asked(settings), settings.count))
+
+
+def conditioning_for(facts: Facts, settings: SampleSettings, embeddings: Embeddings | None = None) -> Conditioning:
+    """What the network is told of all samples of ``settings``.
+
+    Raises:
+        DmqError: it is not said what to draw, or what is said does not suit the model.
+    """
+    asked = _asked(settings, embeddings)
+    return Conditioning(*told(str(facts.config.get("_class_name")), facts.config, asked, settings.count))
+
+
+def _asked(settings: SampleSettings, embeddings: Embeddings | None = None) -> Asked:
+    return Asked(settings.labels, settings.null_label, embeddings, settings.guidance_scale)
 
 
 def draw_samples(
@@ -124,7 +131,7 @@ def draw_samples(
         DmqError: the settings do not suit the model.
     """
     if conditioning is None:
-        conditioning = labels_conditioning(engine.facts.config, settings)
+        conditioning = conditioning_for(engine.facts, settings)
     return np.concatenate(list(draw_batches(engine, settings, conditioning, settings.batches(), progress)))
 
 
@@ -152,7 +159,7 @@ def draw_batch(
     """
     sampler = sampler_for(engine.facts, settings, indices)
     guidance = None
-    if settings.guidance_scale is not None:
+    if settings.guidance_scale is not None and conditioning.unconditional:
         guidance = Guidance(settings.guidance_scale, conditioning.unconditional, np.concatenate)
     drawn: Samples = sample(
         lambda x, t, **inputs: engine.denoise(x, float(t), **inputs),
@@ -199,7 +206,7 @@ def sampler_for(facts: Facts, settings: SampleSettings, indices: range) -> Sampl
         streams = noise_streams("steps", indices, settings.seed) if eta else []
         ddim = Ddim(DdimSettings.from_config(facts.scheduler), steps)
         return Sampler(name, eta, ddim, {"eta": eta, "generator": streams})
-    scheduler = build_scheduler(facts.scheduler, settings.scheduler, steps)
+    scheduler = build_scheduler(facts.scheduler, settings.scheduler, steps, facts.config)
     import torch
 
     from calib.scheduler import NumpyScheduler

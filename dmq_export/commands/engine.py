@@ -94,7 +94,8 @@ def float_engine(model: str, like: Engine) -> Engine:
     from calib.denoiser import float_denoiser
     from calib.model import load_model
 
-    source = load_model(model_folder(model), torch.device("cpu"))
+    size = like.facts.recipe.get("sample_size")
+    source = load_model(model_folder(model), torch.device("cpu"), sample_size=size)
     expected = sample_shape(like.facts.config)
     if source.sample_shape != expected:
         raise DmqError(f"{model} makes samples of {source.sample_shape}, the engine of {expected}")

@@ -17,18 +17,19 @@ from dmq_export.commands.drawing import (
     Conditioning,
     Samples,
     SampleSettings,
+    conditioning_for,
     draw_batches,
-    labels_conditioning,
     sampler_for,
 )
 from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
+from dmq_export.commands.painting import Paint, painter
+from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.errors import DmqError
 from dmq_export.files import require_file, sha256
 from dmq_export.mismatch import mismatches
 from dmq_export.progress import Progress
 from dmq_export.rank import Rank
 from dmq_export.shards import SampleShards
-from dmq_export.signature import sample_shape
 
 SHOWN = 100  # samples in a picture at most
 
@@ -41,11 +42,13 @@ class Outputs:
         picture: a PNG of the first samples, or None.
         npz: raw samples and labels, or None.
         reference: the float model to draw beside, a diffusers folder or a bundled model's name; or None.
+        pipeline: whose decoder makes pictures of latents, and whose text encoder reads prompts; or None.
     """
 
     picture: Path | None = None
     npz: Path | None = None
     reference: str | None = None
+    pipeline: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,12 @@ def sample_engine(
     outputs: Outputs,
     progress: Progress,
     execution: Execution,
+    prompting: Prompting = NO_TEXT,
 ) -> Sampled:
     """Sample the engine at ``path``.
+
+    Args:
+        prompting: where the text comes from that the model is told.
 
     Raises:
         DmqError: bad input; nothing is written then.
@@ -86,11 +93,14 @@ def sample_engine(
     rank = Rank.of(os.environ)
     _require_outputs(outputs, rank)
     engine = open_engine(path, execution)
-    if outputs.picture is not None:
-        from engines.images import require_pictures
-
-        require_pictures(sample_shape(engine.facts.config)[0])
-    conditioning = labels_conditioning(engine.facts.config, settings)
+    paint = None if outputs.picture is None else painter(engine.facts, outputs.pipeline, progress)
+    embeddings = prompting.encoded(
+        outputs.pipeline,
+        progress,
+        guidance_scale=settings.guidance_scale,
+        sample_size=engine.facts.recipe.get("sample_size"),
+    )
+    conditioning = conditioning_for(engine.facts, settings, embeddings)
     beside = None if outputs.reference is None else float_engine(outputs.reference, engine)
     shards = None
     if outputs.npz is not None:
@@ -106,7 +116,7 @@ def sample_engine(
     else:
         return Sampled((), waits_for=len(shards.missing()))
     others = None if beside is None else draw_batches(beside, settings, conditioning, settings.batches(), progress)
-    psnr = _show(engine.name, batches, others, outputs.picture)
+    psnr = _show(engine.name, batches, others, outputs.picture, paint)
     return Sampled(tuple(path for path in (outputs.picture, outputs.npz) if path is not None), psnr)
 
 
@@ -189,7 +199,7 @@ def _identity(
 
 
 def _show(
-    name: str, batches: Iterable[Samples], others: Iterable[Samples] | None, picture: Path | None
+    name: str, batches: Iterable[Samples], others: Iterable[Samples] | None, picture: Path | None, paint: Paint | None
 ) -> float | None:
     """Write the picture, one batch in memory at a time; PSNR against ``others`` in dB, or None without."""
     from engines.images import psnr, save_grid
@@ -206,6 +216,6 @@ def _show(
             rows["float"].append(other[room])
             decibels += psnr(other, drawn) * len(drawn)
         count += len(drawn)
-    if picture is not None:
-        save_grid({row: np.concatenate(shown) for row, shown in rows.items()}, picture)
+    if picture is not None and paint is not None:
+        save_grid({row: paint(np.concatenate(shown)) for row, shown in rows.items()}, picture)
     return None if others is None else decibels / count

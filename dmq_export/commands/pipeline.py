@@ -1,0 +1,72 @@
+"""An ordinary diffusers pipeline whose denoiser is one of our engines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmq_export.arguments import arguments
+from dmq_export.bundled import model_folder
+from dmq_export.commands.engine import Execution, open_engine
+from dmq_export.errors import DmqError
+from dmq_export.facts import Facts
+from dmq_export.mismatch import mismatches
+from dmq_export.schedulers import build_scheduler
+from dmq_export.signature import sample_shape
+
+
+def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | None = None) -> Any:
+    """The diffusers pipeline in the folder ``model`` with the engine in place of its ``unet`` or ``transformer``.
+
+    Everything else is the pipeline's own: text encoders, scheduler, decoder. A scheduler that visits other timesteps
+    than were calibrated is a warning, for each then uses the activation ranges of the nearest that was.
+
+    Args:
+        model: a local pipeline's folder.
+        engine: an ``.onnx`` file, a ``.plan``, or a checkpoint folder.
+        execution: how to run it; None takes what the file was exported for.
+
+    Raises:
+        DmqError: either does not load, or the engine was made from another model.
+    """
+    from calib.model import read_config
+    from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name
+
+    folder = model_folder(str(model))
+    opened = open_engine(Path(engine), execution or Execution())
+    facts = opened.facts
+    config = read_config(folder / denoiser_name(folder), facts.recipe.get("sample_size"))
+    _require_same_model(folder, config, facts)
+    pipeline = build_pipeline(folder, EngineDenoiser(opened.denoise, str(facts.config["_class_name"]), facts.config))
+    for note in _notes(pipeline.scheduler, facts):
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
+    return pipeline
+
+
+def _notes(scheduler: Any, facts: Facts) -> Iterator[str]:
+    """Where the pipeline's own scheduler, at the calibrated number of steps, departs from the calibration."""
+    name = type(scheduler).__name__
+    timesteps = build_scheduler({**scheduler.config, "_class_name": name}, None, facts.steps, facts.config).timesteps
+    return mismatches(
+        facts,
+        scheduler=name,
+        timesteps=[float(timestep) for timestep in timesteps],
+        eta=float(facts.recipe.get("eta") or 0),  # these two are said at the pipeline's call
+        guidance_scale=facts.recipe.get("guidance_scale"),
+    )
+
+
+def _require_same_model(folder: Path, config: Mapping[str, Any], facts: Facts) -> None:
+    """Refuse an engine that the pipeline's denoiser cannot have become."""
+    ours, its = _described(facts.config), _described(config)
+    if ours != its:
+        raise DmqError(f"the engine is of another model than {folder}: of a {ours}, the pipeline has a {its}")
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    """Class, sample and arguments in words."""
+    class_name = str(config["_class_name"])
+    takes = "".join(f", {argument.text()}" for argument in arguments(class_name, config))
+    return f"{class_name} that takes sample {list(sample_shape(config))}{takes}"

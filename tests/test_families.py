@@ -1,0 +1,74 @@
+"""Every family of denoisers through the whole road: survey, calibration, portable ONNX, verification."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from models import NETWORKS, TINY_RECIPE, random_embeddings, save_tiny_network
+from torch import nn
+
+from calib.calibrate import calibrate
+from calib.model import load_model
+from calib.plan import Limits
+from calib.survey import survey
+from dmq_export.arguments import LABELS, arguments
+from dmq_export.checkpoint import load_checkpoint
+from dmq_export.commands.onnx import export_onnx
+from dmq_export.progress import Progress
+
+CPU = torch.device("cpu")
+SAMPLE_SIZE = {"flux": 8}
+GUIDED = {"sd": 3.0, "flux": 3.5, "dit": 2.0}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_network(kind, tmp_path_factory.mktemp(kind))
+
+
+def test_every_weight_is_quantized_or_listed_with_its_reason(kind: str, model: Path) -> None:
+    source = load_model(model, CPU, sample_size=SAMPLE_SIZE.get(kind))
+    coverage = survey(source, TINY_RECIPE.bits, "asymmetric", []).coverage
+    listed = Counter([spec.name for spec in coverage.quantized] + [layer.name for layer in coverage.float_layers])
+    weighted = (nn.Conv2d, nn.Linear, nn.Embedding)
+    modules = dict(source.network.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, weighted)]
+    products = [name for name, module in modules.items() if "Attention" in type(module).__name__]
+    assert listed == Counter(layers + products)
+    assert all(layer.by_design for layer in coverage.float_layers)
+    inside = [spec.name for spec in coverage.quantized if "block" in spec.name]
+    assert len(inside) == len(coverage.quantized)  # what is quantized lies in the blocks
+
+
+def test_it_is_calibrated_exported_and_proved_equal(kind: str, model: Path, tmp_path: Path) -> None:
+    source = load_model(model, CPU, sample_size=SAMPLE_SIZE.get(kind))
+    told = [argument for argument in arguments(source.class_name, source.config) if argument.name != LABELS]
+    embeddings = random_embeddings(told, 2, uncond=kind == "sd") if told else None
+    recipe = replace(
+        TINY_RECIPE,
+        steps=2,
+        sample_size=SAMPLE_SIZE.get(kind),
+        embeddings=embeddings,
+        guidance_scale=GUIDED.get(kind),
+        null_label=5 if kind == "dit" else None,
+    )
+    calibrate(model, tmp_path / "checkpoint", recipe, Limits(CPU), Progress(show=False))
+    export = export_onnx(tmp_path / "checkpoint", tmp_path / "model.onnx", Progress(show=False))
+    assert export.verification is not None
+    graph = ir.load(tmp_path / "model.onnx").graph
+    names = [argument.name for argument in arguments(source.class_name, source.config)]
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    assert [value.name for value in graph.inputs] == ["sample", "timestep", *sorted(names)]
+    assert {name: list(value.shape[1:]) for name, value in checkpoint.probe.conditioning.items()} == {
+        value.name: list(value.shape)[1:] for value in graph.inputs if value.name in names
+    }
+    if embeddings is not None:
+        assert checkpoint.recipe["embeddings"] == {"count": 2, "sha256": embeddings.sha256}
