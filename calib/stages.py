@@ -170,7 +170,8 @@ class Stages:
 
     def _task(self, specs: Sequence[LayerSpec], captures: Captures) -> FitTask:
         layers = tuple(self._float_layer(spec) for spec in specs)
-        return FitTask(layers, captures, self.recipe, self.work, self.device)
+        recipe = replace(self.recipe, embeddings=None)  # no fit looks at them, and they would go to every worker
+        return FitTask(layers, captures, recipe, self.work, self.device)
 
     def _float_layer(self, spec: LayerSpec) -> FloatLayer:
         module = self.source.network.get_submodule(spec.name)

@@ -13,7 +13,7 @@ from reference import add_bias, along, dequantize_weight, operate, shift_of_colu
 from torch import Tensor, nn
 
 import calib.adaround
-from calib.adaround import SoftLayer, adaround
+from calib.adaround import SoftLayer, _whole_output, adaround
 from calib.reference import quantized
 from calib.survey import Block
 from calib.trajectories import Trajectories
@@ -323,3 +323,13 @@ def test_a_block_takes_no_more_memory_than_it_may(
     monkeypatch.setattr(calib.adaround, "_fit_block", lambda *args: seen.append(len(args[3].output)) or calls(*args))
     refined(network, layers, trajectories, BLOCKS[:1], iterations=1)
     assert seen == [6]  # three samples at two steps each
+
+
+def test_a_joint_block_is_judged_by_both_of_its_streams() -> None:
+    text, picture = torch.zeros(2, 3, 4), torch.ones(2, 5, 4)
+    both = _whole_output((text, picture))
+    assert both.shape == (2, 8, 4)
+    torch.testing.assert_close(both[:, 3:], picture)
+    assert _whole_output((None, picture)).shape == picture.shape  # SD3's last block passes no text on
+    assert _whole_output({"sample": picture}).shape == picture.shape
+    assert _whole_output(picture) is picture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_unet
+from models import save_tiny_network, tiny_unet
 from safetensors.torch import load_file, save_file
 
 from calib.model import load_model, predict
@@ -190,3 +190,16 @@ def test_a_pickled_weights_file_runs_no_code(pipeline: Path, tmp_path: Path) -> 
     assert (tmp_path / "armed").exists()
     assert "do not load" in one_line(pipeline)
     assert not (tmp_path / "ran").exists()
+
+
+def test_flux_is_given_the_size_that_its_configuration_leaves_open(tmp_path: Path) -> None:
+    folder = save_tiny_network("flux", tmp_path)
+    assert load_model(folder, CPU, sample_size=8).sample_shape == (16, 16)
+    assert load_model(folder, CPU).config["sample_size"] == 128  # that of its pipeline
+    with pytest.raises(ModelError, match=r"^sample size 7: Flux packs 2x2 latents"):
+        load_model(folder, CPU, sample_size=7)
+
+
+def test_a_model_that_states_its_sample_size_is_given_none(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"^UNet2DModel's config.json states its sample size, 8: leave out"):
+        load_model(tiny_model, CPU, sample_size=8)

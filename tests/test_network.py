@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from models import FLUX, UNET
 from torch import nn
 
 from calib.model import SourceModel, load_model, predict
@@ -102,3 +105,37 @@ def test_an_unknown_class_is_named(tiny_checkpoint: Checkpoint) -> None:
     unknown = ModelFacts("UNet9DModel", tiny_checkpoint.model.config, {}, "")
     with pytest.raises(CheckpointError, match=r"diffusers .* has no 'UNet9DModel'"):
         build_network(replace(tiny_checkpoint, model=unknown), {})
+
+
+def test_flux_is_called_as_its_pipeline_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = FluxTransformer2DModel(**FLUX)
+    told: dict[str, torch.Tensor] = {}
+
+    def note(hidden_states: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor]:
+        told.update(named)
+        return (hidden_states,)
+
+    monkeypatch.setattr(network, "forward", note)
+    sample, text = torch.randn(2, 9, 16), torch.randn(2, 3, 16)
+    conditioning = {"encoder_hidden_states": text, "guidance": torch.ones(2)}
+    assert predict(network, sample, torch.tensor(500.0), conditioning) is sample
+    assert told["timestep"].tolist() == [0.5, 0.5]
+    # 0, row and column of each token, as FluxPipeline._prepare_latent_image_ids has them
+    assert told["img_ids"].tolist() == [[0, row, column] for row in range(3) for column in range(3)]
+    assert told["txt_ids"].tolist() == [[0, 0, 0]] * 3
+    assert told["guidance"] is conditioning["guidance"]
+
+
+def test_names_with_a_dot_reach_into_dictionaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = UNet2DConditionModel(**UNET)
+    told: dict[str, Any] = {}
+
+    def note(sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool, **named: Any) -> tuple[torch.Tensor]:
+        told.update(named, timestep=timestep)
+        return (sample,)
+
+    monkeypatch.setattr(network, "forward", note)
+    sizes = torch.ones(2, 6)
+    predict(network, torch.zeros(2, 4, 8, 8), torch.tensor(7.0), {"added_cond_kwargs.time_ids": sizes})
+    assert told["added_cond_kwargs"] == {"time_ids": sizes}
+    assert told["timestep"].tolist() == [7, 7]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models import tiny_unet
 
 from dmq_export.errors import ModelError
-from dmq_export.signature import label_count, labels_for, sample_shape
+from dmq_export.signature import image_tokens, label_count, labels_for, sample_shape
 
 TINY_TRANSFORMER = {
     "num_attention_heads": 1,
@@ -27,6 +27,17 @@ def test_a_sample_is_channels_height_width(size: object, expected: tuple[int, in
 
 def test_a_diffusers_configuration_states_the_shape() -> None:
     assert sample_shape(tiny_unet().config) == (1, 8, 8)
+
+
+def test_flux_takes_squares_of_latents_as_tokens() -> None:
+    config = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, "sample_size": 128}
+    assert sample_shape(config) == (4096, 64)  # FLUX.1 at 1024 x 1024
+    assert image_tokens(config) == 4096
+
+
+def test_a_transformer_cuts_its_sample_into_patches() -> None:
+    config = {"_class_name": "SD3Transformer2DModel", "in_channels": 16, "sample_size": (128, 64), "patch_size": 2}
+    assert image_tokens(config) == 64 * 32
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calib.families import family_of
 from calib.model import SourceModel, load_model
 from calib.survey import Survey, observe, survey
 from dmq_export.bits import Bits
@@ -374,3 +375,23 @@ def test_siblings_read_the_same_patches_of_the_same_tensor() -> None:
         ["grouped"],
         ["copied"],
     ]
+
+
+FLOAT_REASONS = {
+    "time_embedding.linear_1": "time or label embedding",
+    "transformer_blocks.3.norm1.linear": "time or label embedding",
+    "transformer_blocks.3.norm1_context.linear": "time or label embedding",
+    "single_transformer_blocks.3.norm.linear": "time or label embedding",
+    "norm_out.linear": "time or label embedding",
+    "proj_out_1": "time or label embedding",
+    "context_embedder": "text embedding",
+    "caption_projection.linear_1": "text embedding",
+    "proj_out": None,
+    "transformer_blocks.3.attn.to_q": None,
+    "single_transformer_blocks.3.proj_mlp": None,
+}
+
+
+@pytest.mark.parametrize("name", FLOAT_REASONS)
+def test_what_carries_time_or_text_into_the_blocks_stays_float(name: str) -> None:
+    assert family_of("SD3Transformer2DModel").float_reason(name) == FLOAT_REASONS[name]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import diffusers
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -18,7 +19,7 @@ from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe
 from dmq_export.errors import ExportError
 from dmq_export.layer import LayerSpec
 from dmq_export.network import float_tensors
-from dmq_export.trace import DOMAIN, OPSET, OUTPUT, _output_shape, trace_network
+from dmq_export.trace import DOMAIN, OPSET, OUTPUT, _drop_idle_squeezes, _output_shape, trace_network
 
 
 @settings(max_examples=50, deadline=None)
@@ -127,3 +128,15 @@ def test_a_sample_the_model_cannot_take_is_refused_quietly(
     with pytest.raises(ExportError, match=r"expected input.* to have 2 channels, but got 3"):
         trace_network(replace(traced_checkpoint, probe=probe))
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, True), (3, False), ("batch", True)])
+def test_only_a_squeeze_that_does_nothing_is_dropped(size: int | str, kept: bool) -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2, size, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    axes = ir.Value(name="axes", const_value=ir.tensor(np.array([1], np.int64), name="axes"))
+    squeeze = ir.node("Squeeze", [x, axes], num_outputs=1)
+    after = ir.node("Relu", [squeeze.outputs[0]], num_outputs=1)
+    graph = ir.Graph([x], after.outputs, nodes=[squeeze, after], initializers=[axes], opset_imports={"": OPSET})
+    _drop_idle_squeezes(graph)
+    assert [node.op_type for node in graph] == (["Squeeze", "Relu"] if kept else ["Relu"])
+    assert after.inputs[0] is (squeeze.outputs[0] if kept else x)
