@@ -55,6 +55,8 @@ def test_it_is_calibrated_exported_and_proved_equal(kind: str, model: Path, tmp_
     recipe = replace(
         TINY_RECIPE,
         steps=2,
+        rounding="adaround",
+        round_iterations=2,
         sample_size=SAMPLE_SIZE.get(kind),
         embeddings=embeddings,
         guidance_scale=GUIDED.get(kind),

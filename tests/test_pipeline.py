@@ -25,6 +25,7 @@ from calib.plan import Limits
 from calib.scheduler import NumpyScheduler
 from calib.text import encode_prompts
 from dmq_export.commands.engine import Engine, open_engine
+from dmq_export.commands.onnx import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
 from dmq_export.conditioning import Asked, told
 from dmq_export.errors import DmqError, ModelError
@@ -137,6 +138,15 @@ def simple(tmp_path_factory: pytest.TempPathFactory) -> Made:
     recipe = replace(TINY_RECIPE, samples=1, check_samples=1, steps=STEPS, les_iterations=0, rounding="nearest")
     calibrate(folder, folder.parent / "checkpoint", recipe, Limits(CPU), Progress(show=False))
     return Made("ddpm", folder, folder.parent / "checkpoint", Asked())
+
+
+def test_an_exported_graph_draws_what_its_checkpoint_draws(simple: Made, tmp_path: Path) -> None:
+    export_onnx(simple.checkpoint, tmp_path / "model.onnx", Progress(show=False))
+    exported = load_pipeline(simple.folder, tmp_path / "model.onnx")
+    exported.set_progress_bar_config(disable=True)
+    noise = torch.zeros(0)  # this kind draws its own
+    # two steps of a network this small flip no code
+    np.testing.assert_allclose(call(simple, exported, noise), call(simple, loaded(simple), noise), rtol=0, atol=1e-4)
 
 
 def replaced_scheduler(made: Made, folder: Path, scheduler: Any) -> Path:
