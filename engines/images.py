@@ -23,7 +23,10 @@ def require_pictures(channels: int) -> None:
         DmqError: they have neither one channel nor three.
     """
     if channels not in (1, 3):
-        raise DmqError(f"samples of {channels} channels are latents, not pictures: save them with --npz, without -o")
+        raise DmqError(
+            f"samples of {channels} channels are latents, not pictures: give the pipeline's folder with --pipeline, which "
+            "has their decoder, or save them with --npz, without -o"
+        )
 
 
 def require_drawn(samples: Samples, first: int = 0) -> None:
