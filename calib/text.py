@@ -108,7 +108,9 @@ def _told(pipeline: Any, prompts: list[str], options: Mapping[str, Any], *, rows
         raise ModelError(f"{name} never asked its denoiser, so it is not known what it would tell it")
     for key, value in arrays.items():
         if len(value) != rows:
-            raise ModelError(f"{name} told {key} {list(value.shape)} for {len(prompts)} prompts: {rows} rows expected")
+            unguided = rows > len(prompts) == len(value)
+            advice = "it knows no guidance, leave out --guidance-scale" if unguided else f"{rows} rows were expected"
+            raise ModelError(f"{name} told {key} {list(value.shape)} for {len(prompts)} prompts: {advice}")
     return arrays
 
 

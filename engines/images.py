@@ -24,8 +24,8 @@ def require_pictures(channels: int) -> None:
     """
     if channels not in (1, 3):
         raise DmqError(
-            f"samples of {channels} channels are latents, not pictures: give the pipeline's folder with --pipeline, which "
-            "has their decoder, or save them with --npz, without -o"
+            f"samples of {channels} channels are latents, not pictures: give the pipeline that has their decoder with "
+            "--pipeline, or save them with --npz, without -o"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from models import save_tiny_network
+from models import FLUX, save_tiny_network
 from pipelines import TEXT_LENGTH, TEXTUAL, save_tiny_pipeline
 
 from calib import text
@@ -115,6 +115,18 @@ def test_a_broken_encoder_is_one_line(folders: dict[str, Path], monkeypatch: pyt
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", fail)
     with pytest.raises(ModelError, match=r"^StableDiffusionPipeline cannot encode the prompts: the reason and how"):
         encoded(pipeline_folder(folders, "sd"), "sd")
+
+
+@needs_transformers
+def test_guidance_for_a_pipeline_that_knows_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FLUX, "guidance_embeds", False)  # as FLUX.1-schnell
+    folder = save_tiny_pipeline("flux", tmp_path / "schnell")
+    with pytest.raises(ModelError, match="for 3 prompts: it knows no guidance, leave out --guidance-scale"):
+        encoded(folder, "flux")
+    assert encoded(folder, "flux", guidance_scale=None).given.keys() == {
+        "encoder_hidden_states",
+        "pooled_projections",
+    }
 
 
 def test_a_bare_denoiser_has_no_encoder(tmp_path: Path) -> None:
