@@ -90,7 +90,8 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
         conditioning = flat({name: value for name, value in named.items() if name not in (*NOT_TOLD, *POSITIONS)})
         told = {name: value.detach().cpu().numpy() for name, value in conditioning.items()}
         answer = self._denoise(x.detach().cpu().numpy(), self._step(timestep), **told)
-        prediction = torch.from_numpy(answer).to(x.device)
+        writable = np.require(answer, requirements="W")  # some runtimes give views of memory of their own
+        prediction = torch.from_numpy(writable).to(x.device)
         output = OUTPUTS.get(self._class_name, Transformer2DModelOutput)
         return output(sample=prediction) if return_dict else (prediction,)
 
