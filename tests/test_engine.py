@@ -61,7 +61,7 @@ def test_a_prediction_is_the_references_up_to_rounding_ties(
         expected = reference(sample, timestep, **conditioning).numpy()
         others = []
         for run in range(PERTURBED_RUNS):
-            with perturbed(reference, PERTURBATION, seed=run):
+            with perturbed(reference, PERTURBATION["float32"], seed=run):
                 others.append(rms_ratio(reference(sample, timestep, **conditioning).numpy() - expected, expected))
         quantization = rms_ratio(expected - probe.prediction[step], expected)
         drift = rms_ratio(

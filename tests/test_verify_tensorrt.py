@@ -59,7 +59,7 @@ def test_every_command_and_option_it_uses_exists() -> None:
 
 def test_every_value_it_chooses_is_allowed() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
-    chosen = dict(re.findall(r"(--[a-z-]+) ([a-z0-9]+)\b", " ".join(re.findall(r"run dmq-export.*", text))))
+    chosen = dict(re.findall(r"(--[a-z-]+) ([a-z0-9]+)\b", " ; ".join(re.findall(r"run dmq-export.*", text))))
     parameters = {option: each for command in main.commands.values() for each in command.params for option in each.opts}
     assert {"--target", "--dtype", "--optimization-level"} <= set(chosen)
     for option, value in chosen.items():
