@@ -106,7 +106,9 @@ def make(size: Size, folder: Path) -> dict[str, int]:
         if name.rpartition(".")[0] not in quantized
     }
     sample = rng.standard_normal((1, 2, *source.sample_shape), np.float32)
-    conditioning = {name: value.cpu().numpy() for name, value in example_conditioning(size.class_name, config, 2).items()}
+    conditioning = {
+        name: value.cpu().numpy() for name, value in example_conditioning(size.class_name, config, 2).items()
+    }
     checkpoint = Checkpoint(
         model=ModelFacts(size.class_name, config, {}, "0" * 64),
         recipe={**vars(recipe_from("fast")), "bits": "w4a8"},

@@ -5,52 +5,54 @@ work folder, which all must see; so only barriers are needed, and those go over 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 from torch import distributed
 
+from dmq_export.errors import DmqError
+from dmq_export.rank import Rank
+
 LONGEST_STAGE = timedelta(days=7)  # torchrun ends the others when one process fails; waiting is no failure
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place among ``world``."""
-
-    rank: int = 0
-    world: int = 1
+class Ranks(Rank):
+    """A process that can wait for the others."""
 
     @property
     def leads(self) -> bool:
         """Whether this process writes what is written once."""
-        return self.rank == 0
-
-    def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share."""
-        return items[self.rank :: self.world]
+        return self.index == 0
 
     def wait(self) -> None:
         """Until every process has come here."""
-        if self.world > 1:
+        if self.count > 1:
             distributed.barrier()
 
 
 @contextmanager
 def torchrun_ranks() -> Iterator[Ranks]:
-    """The processes of ``torchrun``; outside of it, this one alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield Ranks()
-        return
-    distributed.init_process_group("gloo", timeout=LONGEST_STAGE)
+    """The processes of ``torchrun``; outside of it, this one alone.
+
+    Raises:
+        DmqError: the environment contradicts itself, or the processes do not find each other.
+    """
+    own = Rank.of(os.environ)
+    if own.count > 1:
+        try:
+            distributed.init_process_group("gloo", timeout=LONGEST_STAGE)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DmqError(f"the processes do not find each other ({reason}): start them with torchrun") from error
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        yield Ranks(own.index, own.count)
     finally:
-        distributed.destroy_process_group()
+        if own.count > 1:
+            distributed.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -151,7 +151,7 @@ class Stages:
         self._each("layer inputs", "evaluation", sizes, compute, has=lambda key: captures.has(groups[key]))
 
     def _fit_pass(self, captures: Captures, families: Sequence[tuple[LayerSpec, ...]]) -> None:
-        mine = self.ranks.mine(families)
+        mine = self.ranks.share(families)
         missing = [specs for specs in mine if not self._fitted(specs)]
         total = sum(len(specs) for specs in mine)
         with self.progress.stage("layer fits", total, "layer") as advance:
@@ -196,7 +196,7 @@ class Stages:
     ) -> None:
         """Compute this process's share of ``items`` (with their sizes) that is not there, then wait for the others."""
         is_there = has or self.work.__contains__
-        mine = self.ranks.mine(list(items))
+        mine = self.ranks.share(list(items))
         with self.progress.stage(stage, sum(items[key] for key in mine), unit) as advance:
             for key in mine:
                 if is_there(key):
