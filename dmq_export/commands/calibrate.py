@@ -15,6 +15,7 @@ from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError
 from dmq_export.memory import in_words, peak_memory
 from dmq_export.progress import Progress
+from dmq_export.rank import Rank
 from dmq_export.table import table
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def calibrate_model(
     require_place(output, replace_existing=fresh)  # before any prompt is encoded
     recipe = _with_text(model, recipe, prompting, limits, progress)
     checkpoint = calibrate(model_folder(model), output, recipe, limits, progress, strict=strict, fresh=fresh)
-    if int(os.environ.get("RANK", 0)):
+    if Rank.of(os.environ).index:
         return None
     return Calibration(output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
 
