@@ -127,10 +127,11 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     limit = _memory_limit(limits)
     fixed = current_memory() + _trajectory_bytes(source, recipe, branches)
     fit = max(fit_bytes(spec, recipe, rows * recipe.steps) for spec in specs)
-    # the check holds a quantized copy of the layers beside the model
-    copy = FLOAT * sum(math.prod(spec.weight_shape) for spec in specs)
-    batch = next((b for b in BATCHES if fixed + copy + b * activations <= limit), 0)
-    needed = fixed + max(copy + max(batch, 1) * activations, fit)
+    # the check holds all layers' codes beside the model, a byte each, and makes one layer's weights of them at a time
+    sizes = [math.prod(spec.weight_shape) for spec in specs]
+    codes = sum(sizes) + 3 * FLOAT * max(sizes)
+    batch = next((b for b in BATCHES if fixed + codes + b * activations <= limit), 0)
+    needed = fixed + max(codes + max(batch, 1) * activations, fit)
     if not batch or needed > limit:
         raise DmqError(
             f"calibrating {source.class_name} takes about {in_words(needed)}, {in_words(limit)} is allowed: "

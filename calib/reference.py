@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,14 @@ class ReferenceLayer(nn.Module):
         weights: False keeps the float ``weight``, to see what the activations alone cost.
         activations: False keeps the float input, to see what the weights alone cost.
         weight: ``W``, needed only without ``weights``.
+        keep: False makes the dequantized weight anew for every evaluation, and so takes no memory for it in between.
     """
 
     shift_scale: Tensor
     tau: Tensor
     scale: Tensor
     zero_point: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -51,6 +53,7 @@ class ReferenceLayer(nn.Module):
         weights: bool = True,
         activations: bool = True,
         weight: Tensor | None = None,
+        keep: bool = True,
     ) -> None:
         super().__init__()
         self.spec = layer.spec
@@ -62,7 +65,8 @@ class ReferenceLayer(nn.Module):
         self.register_buffer("scale", expand_parts(layer.spec, torch.from_numpy(layer.scale.copy())))
         zero_point = torch.from_numpy(layer.zero_point.astype(np.float32))
         self.register_buffer("zero_point", expand_parts(layer.spec, zero_point))
-        self.register_buffer("weight", _quantized_weight(layer) if weights else _scaled(layer, weight, tau))
+        self._made = partial(_quantized_weight, layer) if weights else partial(_scaled, layer, weight, tau)
+        self.register_buffer("weight", self._made() if keep else None)
         self.register_buffer("bias", None if layer.bias is None else torch.from_numpy(layer.bias))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -76,7 +80,8 @@ class ReferenceLayer(nn.Module):
             rounded = dequantize(self.codes(x), self._qparams(x.dim()))
         else:
             rounded = x / self._along_channels(self.tau, x.dim())
-        return apply_op(self.spec, rounded, self.weight, self.bias)
+        weight = self._made().to(x.device) if self.weight is None else self.weight
+        return apply_op(self.spec, rounded, weight, self.bias)
 
     def _qparams(self, rank: int) -> QParams:
         """``s_t * 2^-k`` and ``z_t`` of the current step, per channel."""
@@ -147,6 +152,7 @@ def quantized(
             weights=weights,
             activations=activations,
             weight=network.get_submodule(layer.spec.name).get_parameter("weight"),
+            keep=False,
         ).to(device)
         for layer in layers
     }

@@ -258,3 +258,16 @@ def test_a_model_of_reference_layers_needs_no_source(tiny_checkpoint: Checkpoint
     assert not any(parameter.requires_grad for parameter in reference.network.parameters())
     names = {name for name, module in reference.network.named_modules() if isinstance(module, ReferenceLayer)}
     assert names == {layer.spec.name for layer in tiny_checkpoint.layers}
+
+
+@pytest.mark.parametrize("name", ["conv2d split", "conv2d grouped", "linear"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_made_for_every_evaluation_are_those_that_are_kept(name: str, weights: bool) -> None:
+    layer = random_layer(SPECS[name])
+    x = torch.from_numpy(random_input(layer.spec))
+    weight = torch.randn(layer.spec.weight_shape, generator=torch.Generator().manual_seed(0))
+    kept, made = (
+        ReferenceLayer(layer, StepIndex(), weights=weights, weight=weight, keep=keep) for keep in (True, False)
+    )
+    assert made.weight is None
+    assert torch.equal(made(x), kept(x))
