@@ -110,7 +110,7 @@ threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="dmq-export")
 def main() -> None:
-    r"""Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
+    """Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
 
     \b
     dmq-export quickstart                            the whole road on the bundled model
@@ -168,7 +168,7 @@ def calibrate(
     prompt_embeds: Path | None,
     **settings: Any,
 ) -> None:
-    r"""Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
+    """Quantize the denoiser in the diffusers folder MODEL (or the bundled model "digits").
 
     A calibration that was stopped goes on where it was when the same command is given again. Under torchrun,
     the processes share the work.
@@ -252,7 +252,7 @@ def trt_build(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    r"""Build a TensorRT plan from an ONNX file made by onnx --target tensorrt.
+    """Build a TensorRT plan from an ONNX file made by onnx --target tensorrt.
 
     \b
     dmq-export trt-build model.onnx -o model.plan --shapes sample:1x4x64x64,2x4x64x64,8x4x64x64
@@ -327,7 +327,7 @@ def sample(
 @threads_option
 @json_option
 def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **settings: Any) -> None:
-    r"""Measure engines in turns within one run: latency, images/s, memory, and ratios.
+    """Measure engines in turns within one run: latency, images/s, memory, and ratios.
 
     \b
     ENGINE is a path, BACKEND:PATH, or onnxruntime-PROVIDER:PATH:

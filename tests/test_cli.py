@@ -43,6 +43,13 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in result.stdout
 
 
+def test_examples_in_the_help_are_lines_of_their_own() -> None:
+    text = run("-h").stdout
+    assert "\\b" not in text
+    assert re.search(r"^ *dmq-export onnx ckpt -o model.onnx +export", text, re.M), text
+    assert re.search(r"^ *torchrun --nproc-per-node 4 -m dmq_export calibrate", run("calibrate", "-h").stdout, re.M)
+
+
 def test_help_shows_the_defaults_of_each_preset() -> None:
     text = " ".join(run("calibrate", "-h").stdout.split())
     assert "[default: 64/256/256 with fast/balanced/paper]" in text
