@@ -80,10 +80,15 @@ class Plan:
     disk: int
     seconds: Mapping[str, float]
 
+    @property
+    def layers(self) -> int:
+        """Layers to fit, in all passes."""
+        return sum(len(family) for families in self.passes for family in families)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
-            "layers": sum(len(family) for families in self.passes for family in families),
+            "layers": self.layers,
             "passes": len(self.passes),
             "batch": self.batch,
             "workers": self.workers,
@@ -96,7 +101,7 @@ class Plan:
         """The plan as a table."""
         total = sum(self.seconds.values())
         rows = [
-            ("layers to fit", str(sum(len(family) for families in self.passes for family in families))),
+            ("layers to fit", str(self.layers)),
             ("passes over the calibration set", str(len(self.passes))),
             ("samples per evaluation", str(self.batch)),
             ("processes that fit layers", str(self.workers)),
