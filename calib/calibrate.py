@@ -21,7 +21,7 @@ from calib.ranks import Ranks, own_device, torchrun_ranks
 from calib.recipe import Recipe
 from calib.stages import Stages
 from calib.survey import Survey, survey
-from calib.work import WorkFolder, open_work
+from calib.work import WorkFolder, open_work, started_with
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
@@ -29,6 +29,8 @@ from dmq_export.memory import peak_memory
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
 from dmq_export.schedulers import build_scheduler
+
+BATCH = "samples per evaluation"  # in the fingerprint: kernels add in another order for another batch
 
 
 def calibrate(
@@ -59,7 +61,7 @@ def calibrate(
         source = load_model(model, limits.device, sample_size=recipe.sample_size)
         surveyed = _survey(source, recipe, strict=strict)
         folder = work_folder(output)
-        plan = make_plan(source, surveyed, recipe, limits, folder)
+        plan = ranks.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
         with _shared_work(folder, _fingerprint(source, recipe, plan, limits), ranks, fresh=fresh) as work:
             stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, ranks)
             checkpoint = _checkpoint(stages)
@@ -72,7 +74,9 @@ def calibrate(
         return checkpoint
 
 
-def planned(model: Path, output: Path, recipe: Recipe, limits: Limits, *, strict: bool = False) -> tuple[Survey, Plan]:
+def planned(
+    model: Path, output: Path, recipe: Recipe, limits: Limits, *, strict: bool = False, fresh: bool = False
+) -> tuple[Survey, Plan]:
     """What :func:`calibrate` would quantize, and what that would take; nothing is written.
 
     Raises:
@@ -80,7 +84,7 @@ def planned(model: Path, output: Path, recipe: Recipe, limits: Limits, *, strict
     """
     source = load_model(model, limits.device, sample_size=recipe.sample_size)
     surveyed = _survey(source, recipe, strict=strict)
-    return surveyed, make_plan(source, surveyed, recipe, limits, work_folder(output))
+    return surveyed, _plan(source, surveyed, recipe, limits, work_folder(output), fresh=fresh)
 
 
 def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress) -> Checkpoint:
@@ -98,6 +102,13 @@ def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Li
 def work_folder(output: Path) -> Path:
     """Where the unfinished calibration of ``output`` is kept."""
     return output.with_name(f"{output.name}.work")
+
+
+def _plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, folder: Path, *, fresh: bool) -> Plan:
+    """Free memory may have changed since an unfinished calibration began; its samples per evaluation may not."""
+    before = {} if fresh else started_with(folder)
+    batch = before.get(BATCH)
+    return make_plan(source, surveyed, recipe, limits, folder, batch=batch if isinstance(batch, int) else None)
 
 
 def _survey(source: SourceModel, recipe: Recipe, *, strict: bool) -> Survey:
@@ -128,7 +139,7 @@ def _fingerprint(source: SourceModel, recipe: Recipe, plan: Plan, limits: Limits
     return {
         "model": source.weights_sha256,
         **{f"recipe.{name}": value for name, value in recipe.to_json().items()},
-        "samples per evaluation": plan.batch,
+        BATCH: plan.batch,
         "threads": torch.get_num_threads(),
         "device": limits.device.type,
         **_versions(),

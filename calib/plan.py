@@ -113,11 +113,14 @@ class Plan:
         return table(("plan", "estimate"), rows, right=(1,))
 
 
-def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, work: Path) -> Plan:
+def make_plan(
+    source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, work: Path, *, batch: int | None = None
+) -> Plan:
     """The plan that respects ``limits``.
 
     Args:
         work: a folder on the disk that layer inputs will go to, or one that is still to be made.
+        batch: samples per evaluation of the calibration this goes on with; None for what the memory takes.
 
     Raises:
         DmqError: no plan does.
@@ -135,12 +138,13 @@ def make_plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Lim
     # the check holds all layers' codes beside the model, a byte each, and makes one layer's weights of them at a time
     sizes = [math.prod(spec.weight_shape) for spec in specs]
     codes = sum(sizes) + 3 * FLOAT * max(sizes)
-    batch = next((b for b in BATCHES if fixed + codes + b * activations <= limit), 0)
-    needed = fixed + max(codes + max(batch, 1) * activations, fit)
-    if not batch or needed > limit:
+    batch = batch or next((b for b in BATCHES if fixed + codes + b * activations <= limit), 1)
+    needed = fixed + max(codes + batch * activations, fit)
+    if needed > limit:
+        at_once = "1 sample" if batch == 1 else f"{batch} samples"
         raise DmqError(
-            f"calibrating {source.class_name} takes about {in_words(needed)}, {in_words(limit)} is allowed: "
-            "raise --max-memory, or free memory"
+            f"calibrating {source.class_name}, {at_once} at a time, takes about {in_words(needed)}, "
+            f"{in_words(limit)} is allowed: raise --max-memory, or free memory"
         )
     workers = _workers(limits, limit - fixed, fit, sum(fits) if limits.workers is None else math.inf)
     if workers > 1:
@@ -257,8 +261,13 @@ def _memory_limit(limits: Limits) -> float:
         on_gpu, _ = torch.cuda.mem_get_info(limits.device)
         return current_memory() + float(min(limits.memory or on_gpu, on_gpu))
     available = available_memory()
-    free: float = math.inf if available is None else current_memory() + available
+    free: float = math.inf if available is None else current_memory() + available / _processes_here()
     return min(limits.memory or math.inf, free)
+
+
+def _processes_here() -> int:
+    """Processes of torchrun that share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _disk_limit(limits: Limits, work: Path) -> int:
@@ -270,7 +279,7 @@ def _workers(limits: Limits, room: float, fit: int, seconds: float) -> int:
     """Processes that fit layers at once: those asked for, the cores, what the memory takes, one if it does not pay."""
     if limits.device.type != "cpu" or seconds < WORTH_WORKERS:
         return 1
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = max(1, len(os.sched_getaffinity(0)) // _processes_here())
     return max(1, min(limits.workers or cores, int(room // (fit + WORKER_BYTES)) if room < math.inf else cores))
 
 

@@ -1,14 +1,15 @@
 """Several processes that share one calibration, as ``torchrun`` starts them.
 
 Each takes its share of the items of a stage, and all wait for each other at the stage's end. Results travel through the
-work folder, which all must see; so only barriers are needed, and those go over gloo whatever the device is.
+work folder, which all must see; only barriers and the leader's plan are exchanged, over gloo whatever the device is.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
@@ -16,6 +17,7 @@ from torch import distributed
 from dmq_export.errors import DmqError
 from dmq_export.rank import Rank
 
+T = TypeVar("T")
 LONGEST_STAGE = timedelta(days=7)  # torchrun ends the others when one process fails; waiting is no failure
 
 
@@ -32,6 +34,13 @@ class Ranks(Rank):
         """Until every process has come here."""
         if self.count > 1:
             distributed.barrier()
+
+    def agree(self, choose: Callable[[], T]) -> T:
+        """What the leader chooses, in every process."""
+        told = [choose() if self.leads else None]
+        if self.count > 1:
+            distributed.broadcast_object_list(told)
+        return cast("T", told[0])
 
 
 @contextmanager

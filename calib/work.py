@@ -80,6 +80,12 @@ class WorkFolder:
         return self.folder / f"{key}.safetensors"
 
 
+def started_with(folder: Path) -> Mapping[str, Any]:
+    """The fingerprint of the unfinished calibration at ``folder``, empty where there is none."""
+    path = folder / FINGERPRINT
+    return read_json(path) if path.is_file() else {}
+
+
 @contextmanager
 def open_work(folder: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> Iterator[WorkFolder]:
     """The work folder at ``folder``, for this process and those it shares its work with.

@@ -99,8 +99,24 @@ def test_less_memory_means_smaller_batches_then_a_refusal(
     monkeypatch.setattr(calib.plan, "activation_bytes", lambda source: GIB // 4)
     batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
     assert batches == [16, 4, 4, 2, 1]
-    with pytest.raises(DmqError, match=r"calibrating UNet2DModel takes about 1.3 GiB, 1.1 GiB is allowed: raise --max"):
+    with pytest.raises(
+        DmqError, match=r"UNet2DModel, 1 sample at a time, takes about 1.3 GiB, 1.1 GiB is allowed: raise --max"
+    ):
         plan_of(small, Limits(CPU, memory=9 * GIB // 8), tmp_path)
+    surveyed = survey(small, Bits(4, 8), "asymmetric", ())
+    with pytest.raises(DmqError, match=r"16 samples at a time, takes about 5.0 GiB, 3.0 GiB is allowed: raise --max"):
+        make_plan(small, surveyed, TINY_RECIPE, Limits(CPU, memory=3 * GIB), tmp_path, batch=16)
+
+
+def test_processes_of_one_machine_share_its_free_memory(
+    small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.plan, "available_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(calib.plan, "activation_bytes", lambda source: GIB // 4)
+    assert plan_of(small, Limits(CPU), tmp_path).batch == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert plan_of(small, Limits(CPU), tmp_path).batch == 4
 
 
 def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(

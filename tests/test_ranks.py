@@ -1,10 +1,17 @@
 """Processes that wait for each other; their shares are in test_rank.py, the bytes they end with in test_resume.py."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from calib.ranks import Ranks, own_device, torchrun_ranks
 from dmq_export.errors import DmqError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_outside_of_torchrun_a_process_is_alone_and_leads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,6 +21,29 @@ def test_outside_of_torchrun_a_process_is_alone_and_leads(monkeypatch: pytest.Mo
         assert ranks == Ranks(0, 1)
         assert ranks.leads
         ranks.wait()  # for nobody
+
+
+AGREE = """
+from calib.ranks import torchrun_ranks
+with torchrun_ranks() as ranks:
+    print(ranks.index, ranks.agree(lambda: f"chosen by {ranks.index}"))
+"""
+
+
+def test_all_processes_do_as_the_leader_chooses(tmp_path: Path) -> None:
+    assert Ranks().agree(lambda: 7) == 7
+    (tmp_path / "agree.py").write_text(AGREE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "agree.py")],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert sorted(done.stdout.splitlines()) == ["0 chosen by 0", "1 chosen by 0"]
 
 
 def test_processes_that_nobody_introduced_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from models import TINY_RECIPE, save_small_model
 
+import calib.plan
 import calib.stages
-from calib.calibrate import calibrate, work_folder
+from calib.calibrate import calibrate, planned, work_folder
 from calib.plan import Limits
 from calib.work import WorkFolder
 from dmq_export.checkpoint import FACTS, TENSORS
@@ -30,6 +31,10 @@ ARGUMENTS = ["--samples=20", "--steps=2", "--les-iters=2", "--rounding=adaround"
 
 class Stopped(BaseException):
     """As if the process had been killed between two items."""
+
+
+def stop(*_: object, **__: object) -> None:
+    raise Stopped
 
 
 def run(model: Path, output: Path, limits: Limits = CPU, recipe=RECIPE, **options: bool) -> None:
@@ -103,9 +108,6 @@ def test_stopped_after_any_item_it_goes_on_and_ends_with_the_same_bytes(
 def test_another_recipe_does_not_go_on_with_it(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise Stopped
-
     monkeypatch.setattr(calib.stages, "run_tasks", stop)
     with pytest.raises(Stopped):
         run(small_model, tmp_path / "out")
@@ -113,6 +115,20 @@ def test_another_recipe_does_not_go_on_with_it(
         run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1))
     with pytest.raises(Stopped):
         run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1), fresh=True)
+
+
+def test_it_goes_on_with_the_batch_it_began_with_whatever_memory_is_free_now(
+    small_model: Path, undisturbed: tuple[bytes, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as now:
+        now.setattr(calib.stages, "run_tasks", stop)
+        with pytest.raises(Stopped):
+            run(small_model, tmp_path / "out")
+    monkeypatch.setattr(calib.plan, "BATCHES", (1,))
+    assert planned(small_model, tmp_path / "out", RECIPE, CPU)[1].batch == 16
+    assert planned(small_model, tmp_path / "out", RECIPE, CPU, fresh=True)[1].batch == 1
+    run(small_model, tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed
 
 
 def test_the_number_of_workers_changes_nothing(

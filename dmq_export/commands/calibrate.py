@@ -179,7 +179,7 @@ def plan_model(
     require_place(output, replace_existing=fresh)
     limits = means.limits()
     recipe = _with_text(model, recipe, prompting, limits, Progress(log=means.log))
-    surveyed, plan = planned(model_folder(model), output, recipe, limits, strict=strict)
+    surveyed, plan = planned(model_folder(model), output, recipe, limits, strict=strict, fresh=fresh)
     return CalibrationPlan(surveyed.coverage, plan)
 
 
