@@ -13,11 +13,13 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 from torch import Tensor, nn
 
+import calib.footprint
 import calib.plan
 from calib.calibrate import planned, work_folder
 from calib.capture import capture_bytes
+from calib.footprint import activation_bytes, fit_bytes
 from calib.model import SourceModel, load_model
-from calib.plan import Limits, activation_bytes, fit_bytes, make_plan, split_passes
+from calib.plan import Limits, make_plan, split_passes
 from calib.recipe import Recipe
 from calib.survey import survey
 from dmq_export.bits import Bits
@@ -95,8 +97,9 @@ def test_less_memory_means_smaller_batches_then_a_refusal(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
-    monkeypatch.setattr(calib.plan, "activation_bytes", lambda source: GIB // 4)
+    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source: GIB // 4)
     batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
     assert batches == [16, 4, 4, 2, 1]
     with pytest.raises(
@@ -112,8 +115,9 @@ def test_processes_of_one_machine_share_its_free_memory(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.plan, "available_memory", lambda: 5 * GIB)
-    monkeypatch.setattr(calib.plan, "activation_bytes", lambda source: GIB // 4)
+    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source: GIB // 4)
     assert plan_of(small, Limits(CPU), tmp_path).batch == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan_of(small, Limits(CPU), tmp_path).batch == 4
@@ -123,6 +127,7 @@ def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
     roomy, tight = (plan_of(small, Limits(CPU, memory=m, workers=8), tmp_path) for m in (64 * GIB, 3 * GIB))
     assert roomy.workers == 8

@@ -1,0 +1,136 @@
+"""Bytes a calibration holds, computed from the layers' shapes and one evaluation of the model."""
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.capture import capture_bytes, columns_of, patch_rows
+from calib.families import example_conditioning
+from calib.fit import LOOKED_AT
+from calib.les import OUTPUTS
+from calib.model import SourceModel, predict
+from calib.recipe import Recipe
+from calib.rounding import CHUNK
+from dmq_export.layer import LayerSpec
+from dmq_export.memory import current_memory
+
+FLOAT = 4
+WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a calibration.
+
+    Attributes:
+        fixed: held throughout: the process with the model, both sets of trajectories.
+        check: on top of it during the check, beside the activations: all layers' codes, one layer's weights.
+        sample: activations of one sample.
+        fit: of the largest layer.
+    """
+
+    fixed: int
+    check: int
+    sample: int
+    fit: int
+
+    def evaluating(self, batch: int) -> int:
+        """During the check, ``batch`` samples at a time."""
+        return self.fixed + self.check + batch * self.sample
+
+    def peak(self, batch: int, workers: int) -> int:
+        """At the worst moment, of all processes together."""
+        fitting = self.fit if workers == 1 else workers * (self.fit + WORKER_BYTES)
+        return max(self.evaluating(batch), self.fixed + fitting)
+
+
+def footprint(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, branches: int) -> Footprint:
+    """Of calibrating ``specs``; ``branches`` is 2 with guidance."""
+    sizes = [math.prod(spec.weight_shape) for spec in specs]
+    evaluations = recipe.samples * branches * recipe.steps
+    sample = branches * activation_bytes(source)  # before asking what the process holds: it does more afterwards
+    return Footprint(
+        fixed=current_memory() + _trajectory_bytes(source, recipe, branches),
+        check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
+        sample=sample,
+        fit=max(fit_bytes(spec, recipe, evaluations) for spec in specs),
+    )
+
+
+def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
+    """Memory that fitting a layer takes: its patches, second moments and their factors, the weights' gradients."""
+    columns = columns_of(spec)
+    chunk = min(columns, CHUNK)
+    patches = capture_bytes(spec, evaluations)
+    rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + 7 * spec.out_channels * columns)
+    learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
+    return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
+
+
+def activation_bytes(source: SourceModel) -> int:
+    """What evaluating one sample holds at its worst moment: module outputs, and as much again between modules."""
+    with _live_outputs(source.network) as live:
+        evaluate_zeros(source, 1)
+    return 2 * live.most
+
+
+def evaluate_zeros(source: SourceModel, batch: int) -> None:
+    """Run the model once, on ``batch`` samples of zeros."""
+    device = next(source.network.parameters()).device
+    example = example_conditioning(source.class_name, source.config, batch=batch)
+    told = {key: value.to(device) for key, value in example.items()}
+    with torch.no_grad():
+        sample = torch.zeros(batch, *source.sample_shape, device=device)
+        predict(source.network, sample, torch.tensor(1.0, device=device), told).cpu()
+
+
+class _Live:
+    """Bytes of the tensors that are alive now, and the most there were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor, self._drop, address, storage.nbytes())
+
+    def _drop(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.now -= size
+
+
+@contextmanager
+def _live_outputs(network: nn.Module) -> Iterator[_Live]:
+    """Counts what the network's modules put out while the block runs."""
+    live = _Live()
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, Tensor):
+                live.add(value)
+
+    handles = [module.register_forward_hook(note) for module in network.modules()]
+    try:
+        yield live
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trajectory_bytes(source: SourceModel, recipe: Recipe, branches: int) -> int:
+    """Inputs and predictions of both sets."""
+    kept = (recipe.samples + recipe.check_samples) * branches * recipe.steps
+    return 2 * FLOAT * kept * math.prod(source.sample_shape)
