@@ -140,13 +140,18 @@ def _fit_block(
             rows = torch.randint(len(calls.output), (BATCH,), generator=generator)
             args, kwargs = calls.picked(rows.to(calls.output.device))
             error = _whole_output(module(*args, **kwargs)) - calls.output[rows]
-            loss = error.square().sum(1).mean() + _regularizer(soft.values(), iteration / iterations)
+            loss = squared_error(error) + _regularizer(soft.values(), iteration / iterations)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     finally:
         replace_modules(network, originals)
     return [layer.hardened() for layer in soft.values()]
+
+
+def squared_error(error: Tensor) -> Tensor:
+    """Summed over channels, averaged over the rest: of a feature map ``[N, C, H, W]`` or of tokens ``[N, L, C]``."""
+    return error.square().sum(1 if error.dim() == 4 else -1).mean()
 
 
 def _regularizer(layers: Iterable[SoftLayer], progress: float) -> Tensor:

@@ -13,7 +13,7 @@ from reference import add_bias, along, dequantize_weight, operate, shift_of_colu
 from torch import Tensor, nn
 
 import calib.adaround
-from calib.adaround import SoftLayer, _whole_output, adaround
+from calib.adaround import SoftLayer, _whole_output, adaround, squared_error
 from calib.reference import quantized
 from calib.survey import Block
 from calib.trajectories import Trajectories
@@ -333,3 +333,10 @@ def test_a_joint_block_is_judged_by_both_of_its_streams() -> None:
     assert _whole_output((None, picture)).shape == picture.shape  # SD3's last block passes no text on
     assert _whole_output({"sample": picture}).shape == picture.shape
     assert _whole_output(picture) is picture
+
+
+def test_the_error_of_a_feature_map_is_that_of_its_pixels_as_tokens() -> None:
+    feature_map = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = (feature_map.numpy() ** 2).sum(1).mean()
+    assert squared_error(feature_map).item() == pytest.approx(expected, rel=1e-6)
+    assert squared_error(feature_map.flatten(2).mT).item() == pytest.approx(expected, rel=1e-6)
