@@ -77,6 +77,9 @@ VARIATIONS = {
     "PTS on all layers": replace(DEFAULT, pts_layers="all"),
     "round to nearest": replace(DEFAULT, rounding="nearest"),
     "with AdaRound": replace(DEFAULT, rounding="adaround", round_iterations=600),
+    "7 bits for 2 % of the weights": replace(DEFAULT, sensitive_share=0.02),
+    "7 bits for 5 % of the weights": replace(DEFAULT, sensitive_share=0.05),
+    "7 bits for 10 % of the weights": replace(DEFAULT, sensitive_share=0.1),
     "static activation ranges": replace(DEFAULT, scales="static"),
     "symmetric activations": replace(DEFAULT, scheme="symmetric"),
 }

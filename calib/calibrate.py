@@ -150,7 +150,7 @@ def _checkpoint(stages: Stages) -> Checkpoint:
     """Run every stage and put their results together."""
     source, recipe = stages.source, stages.recipe
     calibration = stages.record("trajectories", recipe.samples)
-    fits = stages.fit(calibration)
+    stages, fits = stages.widen(stages.fit(calibration), calibration)
     layers = stages.round_blocks([fit.layer for fit in fits], calibration)
     layers, votes = stages.vote(layers, calibration)
     held_out = stages.record("held-out trajectories", recipe.check_samples)

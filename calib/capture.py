@@ -199,7 +199,8 @@ class Captures:
             self._file(spec).unlink(missing_ok=True)
 
     def _key(self, group: int) -> str:
-        return f"captures/{self._specs[0].name}/{group}"
+        first = self._specs[0]
+        return f"captures/{first.bits}/{first.name}/{group}"
 
     def _file(self, spec: LayerSpec) -> Path:
         return self._work.raw(f"{spec.name}.patches")

@@ -14,6 +14,7 @@ from calib.les import OUTPUTS
 from calib.model import SourceModel
 from calib.recipe import Recipe
 from calib.rounding import CHUNK
+from calib.sensitivity import SAMPLES, STEPS
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
@@ -33,12 +34,15 @@ def evaluation_seconds(source: SourceModel, batch: int) -> float:
     return best / batch
 
 
-def stage_seconds(evaluation: float, rows: int, recipe: Recipe, passes: int, fits: float) -> dict[str, float]:
+def stage_seconds(
+    evaluation: float, rows: int, recipe: Recipe, passes: int, layers: int, fits: float
+) -> dict[str, float]:
     """By stage.
 
     Args:
         evaluation: seconds of evaluating one sample.
         rows: samples, twice with guidance.
+        layers: to fit.
         fits: seconds of all layers' fits.
     """
     branches = rows // recipe.samples
@@ -48,6 +52,10 @@ def stage_seconds(evaluation: float, rows: int, recipe: Recipe, passes: int, fit
         "layer fits": fits,
         "check": 3 * recipe.check_samples * branches * recipe.steps * evaluation * 1.3,
     }
+    if recipe.sensitive_share:
+        estimates["sensitivity"] = layers * SAMPLES * min(STEPS, recipe.steps) * evaluation * 1.3
+        estimates["layer inputs"] *= 2
+        estimates["layer fits"] *= 1 + recipe.sensitive_share
     if recipe.pts_layers != "none":
         estimates["PTS votes"] = rows * recipe.steps * evaluation * 1.2
     if recipe.rounding == "adaround":

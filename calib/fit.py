@@ -40,8 +40,8 @@ class LayerFit:
 
 
 def fit_key(spec: LayerSpec) -> str:
-    """Under which key a layer's fit is kept."""
-    return f"fits/{spec.name}"
+    """Under which key a layer's fit is kept; a layer may be fitted again with more bits."""
+    return f"fits/{spec.bits}/{spec.name}"
 
 
 def load_fit(spec: LayerSpec, work: WorkFolder) -> LayerFit:

@@ -52,7 +52,7 @@ class Footprint:
 
 def footprint(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, branches: int) -> Footprint:
     """Of calibrating ``specs``; ``branches`` is 2 with guidance."""
-    sizes = [math.prod(spec.weight_shape) for spec in specs]
+    sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
     sample = branches * activation_bytes(source)  # before asking what the process holds: it does more afterwards
     return Footprint(

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,14 @@ class Plan:
         """Layers to fit, in all passes."""
         return sum(len(family) for families in self.passes for family in families)
 
+    def only(self, layers: Mapping[str, LayerSpec]) -> "Plan":
+        """The passes over the families with these layers, by name."""
+        passes = (
+            tuple(tuple(layers[spec.name] for spec in family) for family in families if family[0].name in layers)
+            for families in self.passes
+        )
+        return replace(self, passes=tuple(families for families in passes if families))
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
@@ -122,7 +130,9 @@ def make_plan(
     _require_room(source, bytes_held.peak(batch, 1), batch, limit)
     workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
-    seconds = stage_seconds(evaluation_seconds(source, batch), rows, recipe, len(passes), sum(fits) / workers)
+    seconds = stage_seconds(
+        evaluation_seconds(source, batch), rows, recipe, len(passes), len(specs), sum(fits) / workers
+    )
     return Plan(passes, batch, workers, max(bytes_held.peak(batch, workers), peak_memory()), disk, seconds)
 
 

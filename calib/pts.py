@@ -17,7 +17,7 @@ from calib.layer_op import expand_parts
 from calib.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
 
-EXPONENTS = 4  # k in 0..3: what an int8 carrier of a 4-bit weight has room for
+EXPONENTS = 4  # k in 0..3
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,25 @@ class Vote:
     share: Tensor
 
 
-def best_exponents(x: Tensor, qparams: QParams, bits: int) -> Tensor:
-    """The exponent in 0..3 with the least squared error, per sample and channel.
+def exponents(weight_bits: int) -> int:
+    """How many exponents an int8 carrier has room for: 4 for weights of up to 4 bits, 1 (``k = 0``) from 7 on."""
+    return max(1, min(EXPONENTS, 8 - weight_bits))
+
+
+def best_exponents(x: Tensor, qparams: QParams, bits: int, count: int = EXPONENTS) -> Tensor:
+    """The exponent in 0..``count - 1`` with the least squared error, per sample and channel.
 
     Args:
         x: what is quantized, ``[N, C, L]`` with ``L`` positions.
         qparams: of ``k = 0``, ``[C, 1]`` each.
+        bits: of ``x``.
 
     Returns:
         ``[N, C]``, integers; the smaller exponent where two are equally good.
     """
     errors = [
         (fake_quantize(x, QParams(qparams.scale * 2.0**-k, qparams.zero_point), bits) - x).square().sum(-1)
-        for k in range(EXPONENTS)
+        for k in range(count)
     ]
     return torch.stack(errors).argmin(0)
 
@@ -83,6 +89,6 @@ class _Ballot:
         row = place.step if len(self._tables[0]) > 1 else 0
         qparams = QParams(*(table[row][:, None].to(x.device) for table in self._tables))
         scaled = channels_first / self._tau[:, None].to(x.device)
-        best = best_exponents(scaled, qparams, spec.bits.activation)
+        best = best_exponents(scaled, qparams, spec.bits.activation, exponents(spec.bits.weight))
         for k in range(EXPONENTS):
             self.counts[k] += (best == k).sum(0).cpu()

@@ -46,6 +46,7 @@ class Recipe:
         round_samples: evaluations AdaRound fits a block on.
         scheme: of activations.
         scales: one activation range per step, or one for all.
+        sensitive_share: of the weights, that get 7 bits where fewer cost the prediction most.
         float_layers: name patterns of layers to leave float.
         check_samples: held-out trajectories that the result is measured on.
         seed: of everything random.
@@ -76,6 +77,7 @@ class Recipe:
     round_samples: int = 1024
     scheme: Scheme = "asymmetric"
     scales: Scales = "per-step"
+    sensitive_share: float = 0.0
     float_layers: tuple[str, ...] = ()
     check_samples: int = 16
     seed: int = 0
@@ -86,8 +88,9 @@ class Recipe:
                 raise DmqError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.les_iterations < 0 or self.timestep_alpha < 0:
             raise DmqError("les_iterations and timestep_alpha must not be negative")
-        if not 0 <= self.pts_kappa <= 1:
-            raise DmqError(f"pts_kappa is {self.pts_kappa}: a share between 0 and 1 is needed")
+        for name in ("pts_kappa", "sensitive_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DmqError(f"{name} is {getattr(self, name)}: a share between 0 and 1 is needed")
         for name, literal in (
             ("rounding", Rounding),
             ("scales", Scales),

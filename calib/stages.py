@@ -4,6 +4,7 @@ An item that the work folder already has is not done again, and under ``torchrun
 stage computes what is missing, waits for the others, and then reads its result from the folder, whoever made it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +23,12 @@ from calib.plan import Plan
 from calib.pts import count_votes, decide
 from calib.ranks import Ranks
 from calib.recipe import Recipe
+from calib.sensitivity import MORE_BITS, few_evaluations, most_sensitive, prediction_error
 from calib.survey import Survey
 from calib.trajectories import SamplerSettings, Trajectories, joined, record_trajectories
 from calib.work import WorkFolder
 from calib.workers import FitTask, run_tasks
+from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.progress import Advance, Progress
 from dmq_export.seeds import stream_seed
@@ -72,6 +75,41 @@ class Stages:
                 if self.ranks.leads:
                     captures.forget()
         return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
+
+    def widen(self, fits: Sequence[LayerFit], calibration: Trajectories) -> tuple["Stages", list[LayerFit]]:
+        """Fit the most sensitive layers again with more weight bits, if the recipe asks for it.
+
+        Returns:
+            The stages with the new widths, and the fits of all layers.
+        """
+        if not self.recipe.sensitive_share:
+            return self, list(fits)
+        errors = self._prediction_errors([fit.layer for fit in fits], calibration)
+        families = [family for families in self.plan.passes for family in families]
+        chosen = most_sensitive(families, errors, self.recipe.sensitive_share)
+        wide = {
+            spec.name: replace(spec, bits=Bits(max(MORE_BITS, spec.bits.weight), spec.bits.activation))
+            for family in chosen
+            for spec in family
+        }
+        wider = replace(self, surveyed=self.surveyed.respecified(wide), plan=self.plan.only(wide))
+        return wider, [
+            replace(fit, report=fit.report | {"prediction_db": round(-10 * math.log10(max(error, 1e-12)), 2)})
+            for fit, error in zip(wider.fit(calibration), errors.values(), strict=True)
+        ]
+
+    def _prediction_errors(self, layers: Sequence[QuantizedLayer], calibration: Trajectories) -> dict[str, float]:
+        """What rounding each layer's weights costs, by name, in the order of the survey."""
+        items = {f"sensitivity/{layer.spec.name}": layer for layer in layers}
+        few = few_evaluations(calibration)
+
+        def compute(key: str, advance: Advance) -> None:
+            error = prediction_error(self.source, items[key], few)
+            self.work.save(key, {}, {"error": error})
+            advance(1, items[key].spec.name)
+
+        self._each("sensitivity", "layer", dict.fromkeys(items, 1), compute)
+        return {layer.spec.name: float(self.work.load(key).facts["error"]) for key, layer in items.items()}
 
     def round_blocks(self, layers: Sequence[QuantizedLayer], calibration: Trajectories) -> list[QuantizedLayer]:
         """AdaRound block by block, if the recipe asks for it."""

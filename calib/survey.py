@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -67,6 +67,15 @@ class Survey:
     coverage: Coverage
     blocks: tuple[Block, ...]
     siblings: tuple[tuple[LayerSpec, ...], ...]
+
+    def respecified(self, changed: Mapping[str, LayerSpec]) -> "Survey":
+        """The same with other specifications for some layers, by name."""
+
+        def new(specs: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+            return tuple(changed.get(spec.name, spec) for spec in specs)
+
+        coverage = replace(self.coverage, quantized=new(self.coverage.quantized))
+        return replace(self, coverage=coverage, siblings=tuple(new(family) for family in self.siblings))
 
 
 class _Concats(TorchFunctionMode):

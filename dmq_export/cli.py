@@ -83,6 +83,9 @@ def main() -> None:
 @preset_option("--activation-scheme", field="scheme", type=choice(Scheme), help="Zero point free or fixed.")
 @preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")
 @preset_option("--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Power-of-two scaling.")
+@preset_option(
+    "--sensitive-share", field="sensitive_share", type=click.FloatRange(0, 1), help="Of the weights, for 7 bits."
+)
 @click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
 @seed_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="To calibrate on.")

@@ -31,7 +31,7 @@ class Coverage:
 
     @property
     def quantized_parameters(self) -> int:
-        return sum(_parameters(spec) for spec in self.quantized)
+        return sum(spec.weight_count for spec in self.quantized)
 
     @property
     def parameters(self) -> int:
@@ -48,19 +48,12 @@ class Coverage:
     def table(self) -> str:
         """The whole list, one row a layer."""
         rows: list[Sequence[str]] = [
-            (spec.name, spec.kind, f"{_parameters(spec):,}", str(spec.bits), _parts(spec)) for spec in self.quantized
+            (spec.name, spec.kind, f"{spec.weight_count:,}", str(spec.bits), _parts(spec)) for spec in self.quantized
         ]
         rows += [
             (layer.name, layer.kind, f"{layer.parameters:,}", "float", layer.reason) for layer in self.float_layers
         ]
         return table(("layer", "kind", "parameters", "bits", "note"), rows, right=(2,))
-
-
-def _parameters(spec: LayerSpec) -> int:
-    count = 1
-    for size in spec.weight_shape:
-        count *= size
-    return count
 
 
 def _parts(spec: LayerSpec) -> str:

@@ -6,6 +6,7 @@ The arithmetic is that of ``docs/arithmetic.md``. For input channels ``c``, outp
     w^  = s_w * (q_w - z_w)                                              y  = op(x^, w^) + b
 """
 
+import math
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Literal
@@ -66,6 +67,10 @@ class LayerSpec:
     def weight_shape(self) -> tuple[int, ...]:
         """``[O, C / groups, *kernel]``."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def weight_count(self) -> int:
+        return math.prod(self.weight_shape)
 
     @property
     def channel_axis(self) -> int:

@@ -10,7 +10,7 @@ from reference import along, dequantize_input, quantize_input
 from torch import Tensor, nn
 
 from calib.fake_quant import QParams
-from calib.pts import best_exponents, count_votes, decide
+from calib.pts import best_exponents, count_votes, decide, exponents
 from calib.trajectories import Trajectories
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
@@ -25,6 +25,19 @@ def numpy_errors(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits:
         codes = np.clip(np.rint(x / step) + zero_point, 0, 2**bits - 1)
         errors.append(((step * (codes - zero_point) - x) ** 2).sum(-1))
     return np.stack(errors)
+
+
+def test_every_exponent_fits_the_carrier_and_one_more_would_not() -> None:
+    assert [exponents(bits) for bits in range(3, 9)] == [4, 4, 3, 2, 1, 1]
+    for bits in range(4, 8):
+        assert (2**bits - 1) << (exponents(bits) - 1) <= 127
+        assert (2**bits - 1) << exponents(bits) > 127
+
+
+def test_only_exponents_that_there_is_room_for_are_tried() -> None:
+    x = torch.tensor([100.3, 50.3, 25.3, 12.4])[None, :, None]
+    qparams = QParams(torch.ones(4, 1), torch.full((4, 1), 128.0))
+    assert best_exponents(x, qparams, 8, 2).tolist() == [[0, 1, 1, 1]]
 
 
 @settings(deadline=None, max_examples=50)

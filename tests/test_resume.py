@@ -25,8 +25,11 @@ from dmq_export.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Limits(torch.device("cpu"))
 # two groups of samples, every stage
-RECIPE = replace(TINY_RECIPE, samples=20, steps=2, rounding="adaround", round_iterations=3, pts_kappa=0.0)
+RECIPE = replace(
+    TINY_RECIPE, samples=20, steps=2, rounding="adaround", round_iterations=3, pts_kappa=0.0, sensitive_share=0.3
+)
 ARGUMENTS = ["--samples=20", "--steps=2", "--les-iters=2", "--rounding=adaround", "--round-iters=3"]
+ARGUMENTS += ["--sensitive-share=0.3"]
 
 
 class Stopped(BaseException):
@@ -82,6 +85,7 @@ def test_stopped_after_any_item_it_goes_on_and_ends_with_the_same_bytes(
         "trajectories",
         "captures",
         "fits",
+        "sensitivity",
         "blocks",
         "votes",
         "held-out trajectories",
@@ -168,7 +172,7 @@ def test_killed_it_takes_its_workers_along_and_goes_on(small_model: Path, tmp_pa
     )
     process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, process_group=0)
     fits = work_folder(tmp_path / "out") / "fits"
-    while not list(fits.glob("*.safetensors")) and process.poll() is None:
+    while not list(fits.rglob("*.safetensors")) and process.poll() is None:
         time.sleep(0.02)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGKILL)  # to it alone: its workers notice by themselves

@@ -1,0 +1,64 @@
+"""Which layers get more weight bits: those whose rounding costs the prediction most, per weight.
+
+The model evaluates a few recorded inputs with one layer's weights rounded at a time. What the layers cost adds up
+nearly independently, so a layer's own cost is about what more bits there would save.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from calib.model import SourceModel
+from calib.reference import quantized
+from calib.trajectories import Trajectories
+from dmq_export.layer import LayerSpec, QuantizedLayer
+
+MORE_BITS = 7  # 2^7 - 1 = 127 is the largest weight of int8 kernels
+SAMPLES, STEPS = 2, 10  # that a layer is judged by
+
+
+def few_evaluations(trajectories: Trajectories) -> Trajectories:
+    """The first :data:`SAMPLES` rows at :data:`STEPS` steps from the first to the last, or what there is."""
+    count = len(trajectories.timesteps)
+    steps = torch.linspace(0, count - 1, min(STEPS, count)).round().long()
+    return replace(
+        trajectories,
+        timesteps=trajectories.timesteps[steps],
+        inputs=trajectories.inputs[steps][:, :SAMPLES],
+        predictions=trajectories.predictions[steps][:, :SAMPLES],
+        conditioning={key: value[:SAMPLES] for key, value in trajectories.conditioning.items()},
+    )
+
+
+def prediction_error(source: SourceModel, layer: QuantizedLayer, trajectories: Trajectories) -> float:
+    """``mean_t |e^ - e|^2 / |e|^2`` of the prediction ``e`` when only this layer's weights are quantized."""
+    device = next(source.network.parameters()).device
+    conditioning = {key: value.to(device) for key, value in trajectories.conditioning.items()}
+    evaluations = zip(trajectories.timesteps, trajectories.inputs, trajectories.predictions, strict=True)
+    errors: list[float] = []
+    with quantized(source.network, [layer], trajectories.timesteps, activations=False) as reference:
+        for timestep, x, expected in evaluations:
+            predicted = reference(x.to(device), timestep, **conditioning).cpu()
+            errors.append(((predicted - expected).square().sum() / expected.square().sum()).item())
+    return sum(errors) / len(errors)
+
+
+def most_sensitive(
+    families: Sequence[tuple[LayerSpec, ...]], errors: Mapping[str, float], share: float
+) -> tuple[tuple[LayerSpec, ...], ...]:
+    """The families that cost most per weight and together hold at most ``share`` of the weights.
+
+    Args:
+        families: layers that share an equivalent scaling, and so are fitted together.
+        errors: :func:`prediction_error` by layer.
+    """
+    sizes = {family: sum(spec.weight_count for spec in family) for family in families}
+    costs = {family: sum(errors[spec.name] for spec in family) / sizes[family] for family in families}
+    room = share * sum(sizes.values())
+    chosen = []
+    for family in sorted(families, key=costs.__getitem__, reverse=True):
+        if sizes[family] <= room:
+            chosen.append(family)
+            room -= sizes[family]
+    return tuple(family for family in families if family in chosen)

@@ -1,0 +1,143 @@
+"""Which layers get more bits: what rounding one layer costs, and whom the room goes to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import linear, random_layer
+from models import TINY_RECIPE, save_small_model
+from reference import dequantize_weight
+from torch import Tensor, nn
+
+from calib.calibrate import calibrate
+from calib.model import SourceModel
+from calib.plan import Limits
+from calib.sensitivity import MORE_BITS, few_evaluations, most_sensitive, prediction_error
+from calib.trajectories import Trajectories
+from dmq_export.bits import Bits
+from dmq_export.commands.onnx import export_onnx
+from dmq_export.layer import LayerSpec
+from dmq_export.progress import Progress
+
+
+def trajectories(steps: int, samples: int, predictions: Tensor | None = None) -> Trajectories:
+    x = torch.randn(steps, samples, 5, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.arange(steps, 0, -1).float()
+    told = {"label": torch.arange(samples)}
+    return Trajectories(timesteps, x, x if predictions is None else predictions, told, x[0])
+
+
+def test_few_evaluations_go_from_the_first_step_to_the_last() -> None:
+    all_of_them = trajectories(25, 5)
+    few = few_evaluations(all_of_them)
+    assert few.timesteps.tolist() == [25 - row for row in (0, 3, 5, 8, 11, 13, 16, 19, 21, 24)]
+    assert few.inputs.shape == few.predictions.shape == (10, 2, 5, 8)
+    torch.testing.assert_close(few.inputs[-1], all_of_them.inputs[-1, :2], rtol=0, atol=0)
+    assert few.conditioning["label"].tolist() == [0, 1]
+    assert few_evaluations(trajectories(3, 1)).inputs.shape == (3, 1, 5, 8)
+
+
+class Net(nn.Module):
+    """The prediction is what the layer puts out."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        super().__init__()
+        self.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.layer.weight.data = torch.from_numpy(weight)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True, **_: Any) -> tuple[Tensor]:
+        return (self.layer(sample),)
+
+
+def test_the_error_is_that_of_the_prediction_with_rounded_weights_and_float_inputs() -> None:
+    spec = replace(linear(name="layer"), parts=(8,), out_channels=3)
+    layer = replace(random_layer(spec, seed=1), bias=None)
+    weight = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    source = SourceModel(Net(weight), "Net", {"sample_size": 1, "in_channels": 1}, {}, "")
+    recorded = trajectories(4, 2)
+    expected = (recorded.inputs.numpy() @ weight.T).astype(np.float64)
+    rounded = recorded.inputs.numpy() @ (dequantize_weight(layer) / layer.tau).T
+    shares = ((rounded - expected) ** 2).sum((1, 2, 3)) / (expected**2).sum((1, 2, 3))
+    recorded = replace(recorded, predictions=torch.from_numpy(expected.astype(np.float32)))
+    assert prediction_error(source, layer, recorded) == pytest.approx(shares.mean(), rel=1e-5)
+    torch.testing.assert_close(source.network.layer.weight, torch.from_numpy(weight), rtol=0, atol=0)
+
+
+families_of_layers = st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=3), min_size=1, max_size=8)
+
+
+@given(families_of_layers, st.randoms(use_true_random=False), st.floats(0, 1))
+def test_the_room_goes_to_whoever_costs_most_per_weight(sizes: list[list[int]], random: Any, share: float) -> None:
+    families = tuple(
+        tuple(replace(linear(name=f"{i}.{j}"), parts=(size,), out_channels=1) for j, size in enumerate(sizes_of_family))
+        for i, sizes_of_family in enumerate(sizes)
+    )
+    errors = {spec.name: random.random() for family in families for spec in family}
+    chosen = most_sensitive(families, errors, share)
+    total = sum(map(sum, sizes))
+
+    def weights(family: tuple[LayerSpec, ...]) -> int:
+        return sum(spec.in_channels for spec in family)
+
+    def cost(family: tuple[LayerSpec, ...]) -> float:
+        return sum(errors[spec.name] for spec in family) / weights(family)
+
+    assert chosen == tuple(family for family in families if family in chosen)
+    assert sum(map(weights, chosen)) <= share * total
+    for left in set(families) - set(chosen):  # there was no room for it beside those that cost more
+        before = sum(weights(family) for family in chosen if cost(family) >= cost(left))
+        assert before + weights(left) > share * total
+
+
+def test_all_or_none_of_the_layers() -> None:
+    families = ((linear(name="a"), linear(name="b")), (linear(name="c"),))
+    errors = dict.fromkeys("abc", 1.0)
+    assert most_sensitive(families, errors, 1.0) == families
+    assert most_sensitive(families, errors, 0.0) == ()
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_chosen_layers_have_more_bits_the_others_are_as_they_were(
+    small_model: Path, tmp_path: Path, joint: bool
+) -> None:
+    recipe = replace(TINY_RECIPE, pts_layers="all", pts_kappa=0.0, les_joint=joint)
+
+    def run(share: float):
+        settings = replace(recipe, sensitive_share=share)
+        folder = tmp_path / str(share)
+        return calibrate(small_model, folder, settings, Limits(torch.device("cpu")), Progress(show=False))
+
+    plain, wide = run(0.0), run(0.4)
+    widths = {layer.spec.name: layer.spec.bits for layer in wide.layers}
+    assert set(widths.values()) == {Bits(4, 8), Bits(MORE_BITS, 8)}
+    weights = {bits: sum(one.codes.size for one in wide.layers if one.spec.bits == bits) for bits in widths.values()}
+    assert weights[Bits(MORE_BITS, 8)] <= 0.4 * sum(weights.values())
+    for before, after in zip(plain.layers, wide.layers, strict=True):
+        if after.spec.bits == before.spec.bits:
+            np.testing.assert_array_equal(after.codes, before.codes)
+        else:
+            assert after.codes.max() > 15
+            assert not after.shift.any()  # an int8 carrier of 7 bits has no room
+    reports = wide.metrics["layers"]
+    assert all(0 < report["prediction_db"] < 200 for report in reports.values())
+    quality = [np.mean(one.metrics["prediction_sqnr_db"]["weights"]) for one in (plain, wide)]
+    assert quality[1] > quality[0] + 1
+
+
+@pytest.mark.parametrize("target", ["portable", "openvino", "tensorrt"])
+def test_layers_of_different_widths_are_exported_and_proved_equal(
+    small_model: Path, tmp_path: Path, target: Any
+) -> None:
+    recipe = replace(TINY_RECIPE, sensitive_share=0.4, pts_layers="all", pts_kappa=0.3)
+    calibrate(small_model, tmp_path / "out", recipe, Limits(torch.device("cpu")), Progress(show=False))
+    assert export_onnx(tmp_path / "out", tmp_path / "model.onnx", Progress(show=False), target=target).verification
