@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
 from dmq_export.table import table
 
@@ -38,12 +39,19 @@ class Coverage:
         return self.quantized_parameters + sum(layer.parameters for layer in self.float_layers)
 
     def summary(self) -> str:
-        """One line: layer counts and the share of weights that is quantized."""
-        share = 100 * self.quantized_parameters / max(self.parameters, 1)
+        """One line: layer counts, the share of weights that is quantized, and that of each width if they differ."""
+        widths = [self._share(spec.bits) for spec in {spec.bits: spec for spec in self.quantized}.values()]
         return (
-            f"{len(self.quantized)} layers quantized ({share:.1f} % of {self.parameters:,} layer "
-            f"parameters), {len(self.float_layers)} left float"
+            f"{len(self.quantized)} layers quantized ({self._percent(self.quantized_parameters)} of "
+            f"{self.parameters:,} layer parameters{': ' + ', '.join(widths) if len(widths) > 1 else ''}), "
+            f"{len(self.float_layers)} left float"
         )
+
+    def _share(self, bits: Bits) -> str:
+        return f"{self._percent(sum(spec.weight_count for spec in self.quantized if spec.bits == bits))} {bits}"
+
+    def _percent(self, parameters: int) -> str:
+        return f"{100 * parameters / max(self.parameters, 1):.1f} %"
 
     def table(self) -> str:
         """The whole list, one row a layer."""

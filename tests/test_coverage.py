@@ -24,8 +24,14 @@ def test_parameters_are_the_weights_without_biases() -> None:
 
 
 def test_the_summary_counts_layers_and_the_share_of_weights() -> None:
+    assert Coverage(QUANTIZED[1:], FLOAT).summary() == (
+        "2 layers quantized (99.0 % of 9,346 layer parameters), 2 left float"
+    )
+
+
+def test_the_summary_of_mixed_widths_has_the_share_of_each() -> None:
     assert Coverage(QUANTIZED, FLOAT).summary() == (
-        "3 layers quantized (99.0 % of 9,388 layer parameters), 2 left float"
+        "3 layers quantized (99.0 % of 9,388 layer parameters: 0.4 % w4a6, 98.6 % w4a8), 2 left float"
     )
 
 
