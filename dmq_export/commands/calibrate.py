@@ -130,45 +130,61 @@ class CalibrationPlan:
         return "\n\n".join([self.coverage.table(), self.coverage.summary(), self.plan.text()])
 
 
-def calibrate_model(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    means: Means,
-    prompting: Prompting = NO_TEXT,
-    *,
-    strict: bool = False,
-    fresh: bool = False,
-) -> Calibration | None:
-    """Calibrate a diffusers folder or a bundled model by name; None in the processes of torchrun but the first.
+@dataclass(frozen=True)
+class Job:
+    """A calibration that is asked for.
 
-    Args:
+    Attributes:
+        model: a diffusers folder, or the name of a bundled model.
+        output: checkpoint folder to write.
         prompting: where the text comes from that the model is told.
+        strict: refuse a model with layers that cannot be quantized.
+        fresh: replace what is at ``output``, and start over.
+    """
+
+    model: str
+    output: Path
+    recipe: Recipe
+    means: Means
+    prompting: Prompting = NO_TEXT
+    strict: bool = False
+    fresh: bool = False
+
+    def told(self, limits: Limits, progress: Progress) -> Recipe:
+        """The recipe with the embeddings of what is to be drawn.
+
+        Raises:
+            DmqError: there is no place for the output, or the text is not what the model needs.
+        """
+        require_place(self.output, replace_existing=self.fresh)  # before any prompt is encoded
+        embeddings = self.prompting.encoded(
+            model_folder(self.model),
+            progress,
+            guidance_scale=self.recipe.guidance_scale,
+            device=limits.device,
+            sample_size=self.recipe.sample_size,
+        )
+        return self.recipe if embeddings is None else replace(self.recipe, embeddings=embeddings)
+
+
+def calibrate_model(job: Job) -> Calibration | None:
+    """Do the job; None in the processes of torchrun but the first.
 
     Raises:
         DmqError: bad input; nothing is written then.
     """
     from calib.calibrate import calibrate
 
-    progress, limits = Progress(log=means.log), means.limits()
-    require_place(output, replace_existing=fresh)  # before any prompt is encoded
-    recipe = _with_text(model, recipe, prompting, limits, progress)
-    checkpoint = calibrate(model_folder(model), output, recipe, limits, progress, strict=strict, fresh=fresh)
+    progress, limits = Progress(log=job.means.log), job.means.limits()
+    recipe = job.told(limits, progress)
+    folder = model_folder(job.model)
+    checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
     if Rank.of(os.environ).index:
         return None
-    return Calibration(output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
+    return Calibration(job.output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
 
 
-def plan_model(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    means: Means,
-    prompting: Prompting = NO_TEXT,
-    *,
-    strict: bool = False,
-    fresh: bool = False,
-) -> CalibrationPlan:
+def plan_model(job: Job) -> CalibrationPlan:
     """What :func:`calibrate_model` would do; nothing is written.
 
     Raises:
@@ -176,23 +192,11 @@ def plan_model(
     """
     from calib.calibrate import planned
 
-    require_place(output, replace_existing=fresh)
-    limits = means.limits()
-    recipe = _with_text(model, recipe, prompting, limits, Progress(log=means.log))
-    surveyed, plan = planned(model_folder(model), output, recipe, limits, strict=strict, fresh=fresh)
+    limits = job.means.limits()
+    recipe = job.told(limits, Progress(log=job.means.log))
+    folder = model_folder(job.model)
+    surveyed, plan = planned(folder, job.output, recipe, limits, strict=job.strict, fresh=job.fresh)
     return CalibrationPlan(surveyed.coverage, plan)
-
-
-def _with_text(model: str, recipe: Recipe, prompting: Prompting, limits: Limits, progress: Progress) -> Recipe:
-    """The recipe with the embeddings of what is to be drawn."""
-    embeddings = prompting.encoded(
-        model_folder(model),
-        progress,
-        guidance_scale=recipe.guidance_scale,
-        device=limits.device,
-        sample_size=recipe.sample_size,
-    )
-    return recipe if embeddings is None else replace(recipe, embeddings=embeddings)
 
 
 def choose_device(device: Device) -> Any:
