@@ -19,11 +19,32 @@ class Advance(Protocol):
     def __call__(self, count: int, what: str = "", /) -> None: ...
 
 
+LINE_SECONDS = 30.0
+
+
+class _Lines:
+    """A stage in a log file: a line now and then instead of a bar."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self._name, self._total, self._unit = name, total, unit
+        self._start = self._last = time.perf_counter()
+
+    def update(self, done: int, what: str) -> None:
+        """Write a line if the last one is :data:`LINE_SECONDS` old."""
+        now = time.perf_counter()
+        if now - self._last < LINE_SECONDS:
+            return
+        self._last = now
+        counted = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self._unit}s, {{elapsed}} gone, {{remaining}} to go {what}"
+        line = tqdm.format_meter(done, self._total, now - self._start, prefix=self._name, bar_format=counted)
+        tqdm.write(line.rstrip(), file=sys.stderr)
+
+
 class Progress:
     """Shows one stage at a time and remembers how long each took.
 
     Args:
-        show: False hides the bars; by default they are hidden where stderr is no terminal.
+        show: False hides the bars; by default a line every half a minute stands for them where stderr is no terminal.
         log: a file that receives one JSON object per line for everything that happens.
     """
 
@@ -56,7 +77,7 @@ class Progress:
         start = time.perf_counter()
         self.note("stage", stage=name, total=total, unit=unit)
         disable = None if self._show is None else not self._show
-        done = 0
+        done, lines = 0, _Lines(name, total, unit)
         # disable=None: tqdm hides the bar where the stream is no terminal
         with tqdm(total=total, desc=name, unit=unit, disable=disable, leave=False) as bar:
 
@@ -66,6 +87,8 @@ class Progress:
                 if what:
                     bar.set_postfix_str(what, refresh=False)
                 bar.update(count)
+                if bar.disable and self._show is None:
+                    lines.update(done, what)
                 self.note("progress", stage=name, done=done, total=total, **({"what": what} if what else {}))
 
             yield advance

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dmq_export.progress
 from dmq_export.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +43,27 @@ def test_an_error_in_a_stage_is_passed_on() -> None:
         raise RuntimeError("inside")
 
 
-def test_nothing_is_shown_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_stage_leaves_nothing_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
     run_stage(Progress())
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("show", [None, False])
+def test_a_long_stage_leaves_lines_in_a_log_file_unless_bars_are_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, show: bool | None
+) -> None:
+    monkeypatch.setattr(dmq_export.progress, "LINE_SECONDS", 0.0)
+    with Progress(show=show).stage("layer fits", 40, "layer") as advance:
+        advance(10, "mid_block.to_q")
+        advance(30)
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, *rest = err.splitlines() or ["", ""]
+    if show is False:
+        assert err == ""
+    else:
+        assert re.fullmatch(r"layer fits: 10 of 40 layers, 00:00 gone, 00:00 to go mid_block.to_q", first)
+        assert rest == ["layer fits: 40 of 40 layers, 00:00 gone, 00:00 to go"]
 
 
 @pytest.mark.parametrize(("show", "shown"), [(None, True), (True, True), (False, False)])
@@ -71,6 +91,7 @@ def test_a_restarted_progress_has_counted_nothing_and_shows_as_before(capsys: py
 def drawn(advances: str) -> subprocess.CompletedProcess[str]:
     """A stage of five in a process of its own, every advance drawn."""
     program = f"""
+import dmq_export.progress
 from dmq_export.progress import Progress
 with Progress(show=True).stage("fits", 5, "layer") as advance:
     {advances}
