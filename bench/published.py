@@ -135,7 +135,7 @@ def stress_model(folder: Path) -> None:
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
     ).save_pretrained(folder / "unet")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
+    DDIMScheduler(steps_offset=1).save_pretrained(folder / "scheduler")  # the published code knows timesteps 1 to 1000
 
 
 MODELS = {"bundled": unconditional_model, "stress": stress_model}
