@@ -22,6 +22,7 @@ from torch import Tensor
 from calib.model import DENOISER_FOLDERS, LONGEST_REASON
 from dmq_export.arguments import flat, timestep_unit
 from dmq_export.errors import DmqError, ModelError
+from dmq_export.extras import require
 from dmq_export.signature import sample_shape
 
 INDEX = "model_index.json"
@@ -124,7 +125,8 @@ def denoiser_name(folder: Path) -> str:
     """Which component of the pipeline in ``folder`` is its denoiser, ``unet`` or ``transformer``.
 
     Raises:
-        ModelError: the folder holds no pipeline, or one whose text encoder needs a library that is missing.
+        ModelError: the folder holds no pipeline.
+        DmqError: its text encoder needs a library that is missing.
     """
     if not (folder / INDEX).is_file():
         raise ModelError(
@@ -141,8 +143,8 @@ def denoiser_name(folder: Path) -> str:
 
 def _require_transformers(folder: Path, components: Mapping[str, Any]) -> None:
     libraries = {value[0] for value in components.values() if isinstance(value, list) and value}
-    if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
-        raise ModelError(f"the text encoder in {folder} needs transformers: pip install 'dmq-export[text]'")
+    if "transformers" in libraries:
+        require(f"the text encoder in {folder}", "transformers")
 
 
 def reason(error: Exception) -> str:

@@ -25,6 +25,7 @@ from dmq_export.commands.options import (
     threads_option,
 )
 from dmq_export.errors import DmqError
+from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.schedulers import SCHEDULERS
 from dmq_export.target import FloatType, Target
@@ -42,6 +43,12 @@ class Group(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else ctx.command_path
             message, status = f"{error.format_message()} (see {where} -h)", error.exit_code
+        except ModuleNotFoundError as error:
+            library = str(error.name).partition(".")[0]
+            if library not in EXTRAS:
+                raise
+            message = f"this needs {library}, which is not installed: {install(library)}"
+            status = DmqError.exit_code
         except OSError as error:
             message, status = f"{error.strerror}: {error.filename}", DmqError.exit_code
         click.echo(f"Error: {message}", err=True)

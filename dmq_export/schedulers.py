@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from dmq_export.errors import DmqError
+from dmq_export.extras import require
 from dmq_export.signature import FLUX, image_tokens
 
 SCHEDULERS = {
@@ -36,7 +36,8 @@ def build_scheduler(
     """
     if name is not None and name not in SCHEDULERS:
         raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
-    _require_diffusers(name or str(config.get("_class_name")))
+    asked = name or config.get("_class_name")
+    require(f"scheduler {asked}, as all but a plain DDIM,", "torch", "diffusers")
     import diffusers
 
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
@@ -69,14 +70,6 @@ def _require_trained(scheduler: Any, steps: int) -> None:
         raise DmqError(
             f"{type(scheduler).__name__} does not take {steps} steps: they start at timestep {largest}, the model was "
             f"trained on 0 to {trained - 1}; take fewer"
-        )
-
-
-def _require_diffusers(scheduler: str) -> None:
-    if not (find_spec("torch") and find_spec("diffusers")):
-        raise DmqError(
-            f"scheduler {scheduler} needs diffusers and torch, which are not installed: pip install diffusers torch; "
-            "DDIM needs neither, unless it is to do thresholding, zero-SNR rescaling or trained betas"
         )
 
 

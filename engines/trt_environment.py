@@ -6,9 +6,10 @@ import ctypes
 from importlib.metadata import PackageNotFoundError, version
 
 from dmq_export.errors import DmqError
+from dmq_export.extras import install
 from engines.plan import Machine, this_platform
 
-INSTALL = "pip install 'dmq-export[tensorrt]'"
+INSTALL = install("tensorrt")
 # distribution, the module it brings, the oldest version
 NEEDED = (("tensorrt", "tensorrt", (10, 9)), ("polygraphy", "polygraphy", (0, 53)), ("cuda-bindings", "cuda", (12, 8)))
 

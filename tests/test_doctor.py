@@ -66,8 +66,8 @@ def test_a_machine_with_nothing_is_told_how_to_get_it() -> None:
     findings = json.loads(result.stdout)["findings"]
     assert [one["what"] for one in findings if one["works"]] == ["DDIM"]
     remedies = {one["what"]: one["remedy"] for one in findings}
-    assert remedies["ONNX"] == "pip install onnx onnx-ir onnxscript torch diffusers"
-    assert remedies["openvino"] == "pip install openvino"
+    assert remedies["ONNX"] == "pip install onnx onnx-ir 'dmq-export[calibrate]'"
+    assert remedies["openvino"] == "pip install 'dmq-export[openvino]'"
 
 
 def test_a_library_that_does_not_load_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_auto_takes_what_the_file_was_exported_for(tiny_onnx: Path, tmp_path: Pa
 def test_auto_takes_what_is_installed(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: name == "openvino" or None)
     assert open_engine(tiny_onnx).backend == "openvino"
-    with pytest.raises(DmqError, match="runs on onnxruntime, which is not installed: pip install onnxruntime"):
+    with pytest.raises(DmqError, match=r"onnxruntime, which is not installed: pip install 'dmq-export\[onnxruntime\]'"):
         open_engine(tiny_onnx, Execution("onnxruntime"))
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(DmqError, match="runs on onnxruntime, which is not installed"):

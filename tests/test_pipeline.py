@@ -202,8 +202,8 @@ def test_a_text_encoder_without_transformers_says_what_to_install(
     save_tiny_network("sd", tmp_path)
     index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"]}))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs transformers: pip install 'dmq-export\[text\]'"):
+    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None)
+    with pytest.raises(DmqError, match=r"needs what is not installed, transformers: pip install 'dmq-export\[text\]'"):
         encode_prompts(tmp_path, PROMPTS, guidance_scale=None, device=CPU)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from dmq_export import schedulers
 from dmq_export.errors import DmqError
 from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
 
@@ -130,10 +129,8 @@ def test_all_timesteps_of_the_schedule_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("missing", ["torch", "diffusers"])
 def test_without_diffusers_the_user_is_told_what_does_without(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedulers, "find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(
-        DmqError, match=r"scheduler PNDMScheduler needs diffusers and torch, .* DDIM needs neither, unless"
-    ):
+    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(DmqError, match=f"PNDMScheduler, as all but a plain DDIM, needs .* {missing}: pip install"):
         build_scheduler(CONFIG, None, 5)
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dmq_export import __version__
+from dmq_export.extras import install
 from dmq_export.table import table
 
 INTEGER_KERNELS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8")  # CPU flags that int8 convolutions profit from
@@ -89,8 +90,7 @@ def _packages(stage: str, what: str, names: tuple[str, ...]) -> Finding:
     problems = {name: problem for name in names if (problem := _import_problem(name)) is not None}
     if not problems:
         return Finding(stage, what, True, ", ".join(f"{name} {_version(name)}" for name in names))
-    install = "pip install " + " ".join(name.replace("_", "-") for name in problems)
-    return Finding(stage, what, False, "; ".join(problems.values()), install)
+    return Finding(stage, what, False, "; ".join(problems.values()), install(*problems))
 
 
 def _calibrate_cuda() -> Finding:
@@ -118,7 +118,7 @@ def _tensorrt() -> Iterator[Finding]:
 def _onnxruntime() -> Iterator[Finding]:
     problem = _import_problem("onnxruntime")
     if problem is not None:
-        yield Finding("run", "onnxruntime", False, problem, "pip install onnxruntime, or onnxruntime-gpu")
+        yield Finding("run", "onnxruntime", False, problem, install("onnxruntime"))
         return
     from engines.ort import PROVIDERS, provider_problem
 
@@ -136,7 +136,7 @@ def _onnxruntime() -> Iterator[Finding]:
 def _openvino() -> Finding:
     problem = _import_problem("openvino")
     if problem is not None:
-        return Finding("run", "openvino", False, problem, "pip install openvino")
+        return Finding("run", "openvino", False, problem, install("openvino"))
     import openvino
 
     core = openvino.Core()

@@ -20,6 +20,7 @@ from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.errors import DmqError
+from dmq_export.extras import install
 from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
 from dmq_export.signature import sample_shape
 
@@ -172,7 +173,7 @@ def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Bac
     installed = [backend for backend in able if find_spec(backend)]
     backend = (installed or able)[0] if execution.backend == "auto" else execution.backend
     if backend not in installed:
-        raise DmqError(f"{path} runs on {backend}, which is not installed: pip install {backend}")
+        raise DmqError(f"{path} runs on {backend}, which is not installed: {install(backend)}")
     _require_provider(path, execution, backend)
     return backend
 

@@ -14,6 +14,7 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
 from dmq_export.commands.engine import float_engine, open_engine
 from dmq_export.commands.onnx import Export, export_onnx
+from dmq_export.extras import require
 from dmq_export.files import make_folder
 from dmq_export.memory import peak_memory
 from dmq_export.progress import Progress
@@ -93,10 +94,11 @@ def quickstart(folder: Path, progress: Progress, *, count: int = 400, seed: int 
         count: samples drawn per variant, to count label agreement on.
 
     Raises:
-        DmqError: the folder cannot be written.
+        DmqError: a library is missing, or the folder cannot be written.
     """
     from engines.images import psnr, save_grid
 
+    require("quickstart", "torch", "diffusers", "onnxscript", "onnxruntime")
     make_folder(folder)
     settings = SampleSettings(count=count, seed=seed, null_label=NO_LABEL, batch=64)
     rows: list[Row] = []
