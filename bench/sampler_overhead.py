@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmq_export.commands.drawing import SampleSettings, draw_batch, labels_conditioning
+from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_batch
 from dmq_export.commands.engine import Engine, Execution, open_engine
+from dmq_export.conditioning import made_up
 from dmq_export.schedulers import SCHEDULERS
 from dmq_export.table import table
 
@@ -38,8 +39,9 @@ def overhead(engine: Engine, settings: SampleSettings, clock: Callable[[], float
         return prediction
 
     start = clock()
-    indices = range(settings.batch)
-    conditioning = labels_conditioning(engine.facts.config, settings).rows(indices)
+    indices = range(settings.count)
+    config = engine.facts.config
+    conditioning = Conditioning(made_up(str(config.get("_class_name")), config, engine.inputs, settings.count))
     draw_batch(replace(engine, denoise=timed), settings, conditioning, indices)
     total = clock() - start
     return inside, total - inside

@@ -240,7 +240,7 @@ def trt_build(
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="To draw; several take turns.")
 @click.option("--prompts", "prompt_file", type=FOLDER, help="Text file, a prompt per line.")
 @click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
-@click.option("--batch", type=click.IntRange(min=1), default=32, help="Samples per evaluation.")
+@click.option("--batch", type=click.IntRange(min=1), show_default="the graph's, or 32", help="Samples per evaluation.")
 @seed_option
 def sample(
     engine: Path,
@@ -272,7 +272,7 @@ def sample(
 @main.command()
 @click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
 @click.option("--reference", metavar="MODEL", help="Float model to measure too; ratios are to it.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Samples per evaluation.")
+@click.option("--batch", type=click.IntRange(min=1), show_default="the graph's, or 1", help="Samples per evaluation.")
 @click.option("--repeat", type=click.IntRange(min=1), default=50, help="Evaluations of each that are timed.")
 @click.option("--warm-up", type=click.IntRange(min=1), default=3, help="Evaluations of each before, not timed.")
 @threads_option

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.arguments import LABELS, arguments
+from dmq_export.arguments import LABELS, TEXT_LENGTH, arguments
 from dmq_export.embeddings import Embeddings, fitted
 from dmq_export.errors import ModelError
 from dmq_export.signature import labels_for
@@ -54,6 +54,22 @@ def told(class_name: str, config: Mapping[str, Any], asked: Asked, count: int) -
         )
     texts, no_texts = fitted(asked.embeddings, text, asked.guidance_scale).cycled(range(count))
     return given | texts, (given | without | no_texts if no_texts else {})
+
+
+def made_up(class_name: str, config: Mapping[str, Any], inputs: Mapping[str, Sequence[Any]], count: int) -> Named:
+    """Numbers in place of what a model is told, ``[count, ...]`` by name: enough to time it, which needs no prompt.
+
+    Args:
+        inputs: shapes ``[N, ...]`` by name, as the network takes them; sizes that are no number vary.
+    """
+    rng = np.random.default_rng(0)
+    given, _ = labels_told(config, Asked(), count)
+    for argument in arguments(class_name, config):
+        if argument.name in inputs and argument.name not in given:
+            sizes = [size if isinstance(size, int) else TEXT_LENGTH for size in inputs[argument.name][1:]]
+            numbers = rng.standard_normal((count, *sizes), np.float32)
+            given[argument.name] = np.ones_like(numbers, np.int64) if argument.integer else numbers
+    return given
 
 
 def labels_told(config: Mapping[str, Any], asked: Asked, count: int, *, alone: bool = True) -> tuple[Named, Named]:

@@ -24,6 +24,7 @@ class Facts:
         scheduler: configuration of the scheduler it was calibrated with.
         recipe: the calibration settings.
         timesteps: calibrated, in sampling order.
+        batch: sizes that the graph was exported for; None for any.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Facts:
     scheduler: Mapping[str, Any]
     recipe: Mapping[str, Any]
     timesteps: tuple[float, ...]
+    batch: Batch | None = None
 
     @property
     def steps(self) -> int:
@@ -98,6 +100,7 @@ def facts_from_json(values: Mapping[str, Any]) -> Facts:
         scheduler=dict(values["scheduler"]),
         recipe=dict(values["recipe"]),
         timesteps=tuple(float(timestep) for timestep in values["timesteps"]),
+        batch=None if values["batch"] is None else Batch(*map(int, values["batch"])),
     )
     if not facts.timesteps or facts.steps < 1 or facts.recipe["scales"] not in ("static", "per-step"):
         raise ValueError("no calibrated steps, or scales that are neither static nor per step")

@@ -20,6 +20,12 @@ class Input:
     shape: Sequence[Any]
 
 
+def batch_sizes(inputs: Mapping[str, Input]) -> tuple[int, int | None]:
+    """The smallest and the largest batch that a network with these inputs takes; None for no limit."""
+    size = inputs["sample"].shape[0] if "sample" in inputs else None
+    return (size, size) if isinstance(size, int) else (1, None)
+
+
 def checked_inputs(expected: Mapping[str, Input], given: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """``given`` as contiguous arrays of the types a network takes, by name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.errors import DmqError
-from engines.inputs import Input, checked_inputs, first_line
+from engines.inputs import Input, batch_sizes, checked_inputs, first_line
+from engines.pieces import in_pieces
 
 Precision = Literal["f32", "bf16", "f16"]
 Hint = Literal["LATENCY", "THROUGHPUT"]
@@ -17,6 +19,8 @@ Hint = Literal["LATENCY", "THROUGHPUT"]
 
 class OpenVinoDenoiser:
     """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
+
+    A batch that a graph of fixed batch does not take is padded, or cut into several.
 
     Args:
         path: an ONNX file.
@@ -36,17 +40,21 @@ class OpenVinoDenoiser:
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         self.compiled = _compiled(path, settings)
-        self._inputs = {
+        self.inputs = {
             value.any_name: Input(value.element_type.to_dtype(), _sizes(value.partial_shape))
             for value in self.compiled.inputs
         }
+        self._sizes = batch_sizes(self.inputs)
         self._request = self.compiled.create_infer_request()
 
     def __call__(
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        outputs = self._request.infer(checked_inputs(self._inputs, inputs), share_inputs=True)
+        return in_pieces(self._run, inputs, self._sizes)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        outputs = self._request.infer(checked_inputs(self.inputs, inputs), share_inputs=True)
         prediction: NDArray[Any] = outputs[self.compiled.output(0)]
         return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dmq_export.bundled import BUNDLED
 from dmq_export.errors import DmqError
-from engines.inputs import Input, checked_inputs, first_line
+from engines.inputs import Input, batch_sizes, checked_inputs, first_line
+from engines.pieces import in_pieces
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NUMPY_TYPES = {
@@ -51,7 +52,7 @@ class OnnxSession:
             raise DmqError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
         if PROVIDERS[provider] not in self._session.get_providers():
             raise DmqError(f"ONNX Runtime cannot run {name} on its {provider} provider: try --provider cpu")
-        self._inputs = {
+        self.inputs = {
             value.name: Input(NUMPY_TYPES.get(value.type), value.shape) for value in self._session.get_inputs()
         }
         self.output_names = [value.name for value in self._session.get_outputs()]
@@ -67,20 +68,28 @@ class OnnxSession:
         Raises:
             DmqError: an input is missing, unknown, or of another shape.
         """
-        outputs = self._session.run(None, checked_inputs(self._inputs, inputs))
+        outputs = self._session.run(None, checked_inputs(self.inputs, inputs))
         return dict(zip(self.output_names, outputs, strict=True))
 
 
 class OnnxRuntimeDenoiser:
-    """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays."""
+    """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
+
+    A batch that a graph of fixed batch does not take is padded, or cut into several.
+    """
 
     def __init__(self, path: Path, provider: str = "cpu", *, threads: int | None = None) -> None:
         self.session = OnnxSession(path, provider, threads=threads)
+        self.inputs = self.session.inputs
+        self._sizes = batch_sizes(self.inputs)
 
     def __call__(
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
+        return in_pieces(self._run, inputs, self._sizes)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         prediction = self.session.run(inputs)[self.session.output_names[0]]
         return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
 

@@ -6,7 +6,7 @@ against NVIDIA's bindings (``tests/test_tensorrt_api.py``), and ``scripts/verify
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from dmq_export.errors import DmqError
 from dmq_export.files import sha256
 from engines.cuda import Buffer, Stream
+from engines.inputs import Input
+from engines.pieces import in_pieces
 from engines.plan import PlanFacts, read_plan
 from engines.shapes import ShapeRange
 from engines.trt_environment import require_tensorrt
@@ -50,6 +52,7 @@ class TensorRtDenoiser:
         if facts.stripped:
             _refit(engine, facts, path, weights)
         self.facts = facts
+        self.inputs = {name: Input(None, shape.optimum) for name, shape in facts.shapes.items()}
         self._engine: trt.ICudaEngine = engine
         self._context: trt.IExecutionContext = engine.create_execution_context()
         self._stream = Stream()
@@ -60,10 +63,9 @@ class TensorRtDenoiser:
     def __call__(self, sample: NDArray[np.float32], timestep: float, **conditioning: Array) -> NDArray[np.float32]:
         arrays = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
         _require_inputs(arrays, self.facts.shapes)
-        predictions = []
-        for piece, count in batches(arrays, self.facts.shapes["sample"]):
-            predictions.append(self._run(piece)[:count].astype(np.float32))
-        return np.concatenate(predictions)
+        sample_range = self.facts.shapes["sample"]
+        sizes = sample_range.minimum[0], sample_range.maximum[0]
+        return in_pieces(lambda piece: self._run(piece).astype(np.float32), arrays, sizes)
 
     def _run(self, arrays: Mapping[str, Array]) -> Array:
         """The first output for inputs of one batch; overwritten by the next call."""
@@ -107,27 +109,6 @@ class TensorRtDenoiser:
 
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         return [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
-
-
-def batches(arrays: Mapping[str, Array], sample: ShapeRange) -> Iterator[tuple[dict[str, Array], int]]:
-    """Pieces of a batch that the plan's range for ``sample`` takes, each with how many of its rows count.
-
-    Arrays as long as the sample are cut with it and padded by repeating their last row; others stay whole.
-    """
-    count = len(arrays["sample"])
-    size = min(max(count, sample.minimum[0]), sample.maximum[0])
-    if size == count:
-        yield dict(arrays), count
-        return
-    for start in range(0, count, size):
-        rows = min(size, count - start)
-        padded = max(rows, sample.minimum[0])
-        index = np.minimum(np.arange(start, start + padded), start + rows - 1)
-        yield {name: value[index] if _is_batched(value, count) else value for name, value in arrays.items()}, rows
-
-
-def _is_batched(value: Array, count: int) -> bool:
-    return value.ndim > 0 and len(value) == count
 
 
 def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange]) -> None:

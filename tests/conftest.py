@@ -8,6 +8,7 @@ from models import TINY_RECIPE, save_tiny_model
 
 from calib.calibrate import calibrate
 from calib.plan import Limits
+from dmq_export.batch import Batch
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.progress import Progress
@@ -37,4 +38,12 @@ def tiny_checkpoint(tiny_checkpoint_folder: Path):
 def tiny_onnx(tiny_checkpoint_folder: Path) -> Path:
     path = tiny_checkpoint_folder.parent / "model.onnx"
     export_onnx(tiny_checkpoint_folder, path, Progress(show=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_fixed_onnx(tiny_checkpoint_folder: Path) -> Path:
+    """The same for four samples at a time and no other number."""
+    path = tiny_checkpoint_folder.parent / "four.onnx"
+    export_onnx(tiny_checkpoint_folder, path, Progress(show=False), verify=False, batch=Batch(4, 4, 4))
     return path

@@ -1,15 +1,22 @@
 """``bench``: what is measured and how it is told; how long anything takes is not tested."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from models import TINY_RECIPE, random_embeddings, save_tiny_network
 
+from calib.calibrate import calibrate
+from calib.plan import Limits
+from dmq_export.arguments import arguments
 from dmq_export.bundled import BUNDLED
 from dmq_export.cli import main
 from dmq_export.commands import bench
 from dmq_export.commands.bench import BenchSettings, bench_engines
+from dmq_export.commands.onnx import export_onnx
 from dmq_export.errors import DmqError
 from dmq_export.latency import Latency
 from dmq_export.progress import Progress
@@ -51,6 +58,43 @@ def test_timesteps_take_turns(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     bench_engines([str(tiny_onnx)], BenchSettings(repeat=4, warm_up=1), QUIET)
     assert seen == [67, 67, 34, 1, 67]
+
+
+def test_the_batch_is_that_of_the_graph(tiny_fixed_onnx: Path, tiny_onnx: Path, tiny_model: Path) -> None:
+    settings = BenchSettings(repeat=1, warm_up=1, threads=1)
+    result = bench_engines([str(tiny_fixed_onnx), str(tiny_onnx)], settings, QUIET, reference=str(tiny_model))
+    assert result.settings.batch == 4
+    assert result.notes == ()
+    assert bench_engines([str(tiny_onnx)], settings, QUIET).settings.batch == 1
+
+
+def test_a_padded_batch_is_said(tiny_fixed_onnx: Path, tiny_onnx: Path) -> None:
+    result = bench_engines([str(tiny_onnx), str(tiny_fixed_onnx)], BenchSettings(repeat=1, warm_up=1, batch=5), QUIET)
+    assert result.notes == (f"{tiny_fixed_onnx} takes 4 at a time: a batch of 5 is padded to 8",)
+    assert result.text().endswith(result.notes[0])
+
+
+@pytest.fixture(scope="module")
+def textual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that is told text and its sizes, ``model``, its ``checkpoint`` and ``graph.onnx``."""
+    folder = tmp_path_factory.mktemp("textual")
+    config = json.loads((save_tiny_network("sdxl", folder / "model") / "unet" / "config.json").read_text())
+    told = arguments("UNet2DConditionModel", config)
+    cheap = {"samples": 1, "check_samples": 1, "les_iterations": 0, "rounding": "nearest", "clip": False}
+    recipe = replace(TINY_RECIPE, **cheap, embeddings=random_embeddings(told, 1))
+    calibrate(folder / "model", folder / "checkpoint", recipe, Limits(torch.device("cpu")), QUIET)
+    export_onnx(folder / "checkpoint", folder / "graph.onnx", QUIET, verify=False)
+    return folder
+
+
+def test_a_model_that_is_told_text_is_timed_without_any(textual: Path) -> None:
+    graph, checkpoint = str(textual / "graph.onnx"), str(textual / "checkpoint")
+    settings = BenchSettings(repeat=1, warm_up=1, threads=1, batch=2)
+    engines = [graph, f"openvino:{graph}", checkpoint]
+    result = bench_engines(engines, settings, QUIET, reference=str(textual / "model"))
+    assert [one.backend for one in result.timings] == ["torch", "onnxruntime", "openvino", "torch"]
+    (note,) = result.notes
+    assert note.startswith("told random numbers as encoder_hidden_states, added_cond_kwargs.text_embeds, added_cond_")
 
 
 def test_engines_of_different_models_are_refused(tiny_onnx: Path) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import UNET
+from models import NETWORKS, UNET
 
-from dmq_export.conditioning import Asked, told
+from dmq_export.arguments import TEXT_LENGTH, arguments
+from dmq_export.conditioning import Asked, made_up, told
 from dmq_export.embeddings import Embeddings
 from dmq_export.errors import ModelError
 
@@ -51,3 +52,22 @@ def test_text_for_a_model_without_is_refused_and_the_other_way_round() -> None:
         unet(Asked())
     with pytest.raises(ModelError, match="takes no class labels"):
         unet(Asked(labels=(1,), embeddings=WORDS))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_made_up_numbers_have_the_shapes_and_types_of_what_is_told(kind: str) -> None:
+    network = NETWORKS[kind]()
+    class_name, config = type(network).__name__, dict(network.config)
+    needed = [argument for argument in arguments(class_name, config) if not argument.optional]
+    sizes = {argument.name: tuple(9 if size is None else size for size in argument.shape) for argument in needed}
+    given = made_up(class_name, config, {name: ("batch", *shape) for name, shape in sizes.items()}, 3)
+    assert {name: value.shape for name, value in given.items()} == {name: (3, *shape) for name, shape in sizes.items()}
+    for argument in needed:
+        assert given[argument.name].dtype == (np.int64 if argument.integer else np.float32)
+        assert argument.integer or given[argument.name].std() > 0
+
+
+def test_made_up_text_of_any_length_has_the_usual_one() -> None:
+    given = made_up("UNet2DConditionModel", LABELLED, {TEXT: ("batch", "length", 16)}, 2)
+    assert given[TEXT].shape == (2, TEXT_LENGTH, 16)
+    assert given["class_labels"].tolist() == [0, 1]

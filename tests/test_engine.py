@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from dmq_export.batch import Batch
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands import engine as engines
@@ -81,6 +82,33 @@ def test_the_same_seed_gives_the_references_samples(
     drawn = draw_samples(open_engine(tiny_onnx, Execution(backend)), settings, Progress(show=False))
     quantization = draw_samples(float_engine(str(tiny_model), reference), settings, Progress(show=False)) - expected
     assert np.sqrt(np.square(drawn - expected).mean()) < 0.5 * np.sqrt(np.square(quantization).mean())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_graph_of_fixed_batch_takes_any(backend: str, tiny_fixed_onnx: Path) -> None:
+    engine = open_engine(tiny_fixed_onnx, Execution(backend, threads=1))
+    assert engine.facts.batch == Batch(4, 4, 4)
+    rng = np.random.default_rng(0)
+    sample, labels = rng.standard_normal((6, 1, 8, 8), np.float32), np.arange(6) % 3
+
+    def denoise(rows: list[int]) -> np.ndarray:
+        return engine.denoise(sample[rows], 67.0, class_labels=labels[rows])
+
+    expected = np.concatenate([denoise([0, 1, 2, 3]), denoise([4, 5, 5, 5])[:2]])
+    np.testing.assert_array_equal(denoise([0, 1, 2, 3, 4, 5]), expected)
+    np.testing.assert_array_equal(denoise([4, 5]), expected[4:])
+
+
+def test_a_graph_of_fixed_batch_draws_what_one_of_any_batch_draws(tiny_onnx: Path, tiny_fixed_onnx: Path) -> None:
+    """Ten samples in batches of four; with guidance each is of eight rows, twice what the graph takes."""
+    for settings in (SampleSettings(count=10), SampleSettings(count=3, null_label=2, guidance_scale=2.0)):
+        fixed, free = (open_engine(path, Execution(threads=1)) for path in (tiny_fixed_onnx, tiny_onnx))
+        assert settings.sized(fixed.facts).batch == 4
+        assert settings.sized(free.facts).batch == 32
+        expected = draw_samples(free, replace(settings, batch=4), Progress(show=False))
+        drawn = draw_samples(fixed, settings, Progress(show=False))
+        # another batch may sum in another order and flip a few codes
+        assert np.abs(drawn - expected).mean() < 0.05 * expected.std()
 
 
 def test_auto_takes_what_the_file_was_exported_for(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import DmqError
 from dmq_export.facts import model_facts, read_facts
@@ -44,6 +45,13 @@ def test_what_was_written_is_read(tiny_checkpoint: Checkpoint) -> None:
     assert facts.timesteps == (67, 34, 1)
     assert facts.steps == 3
     assert facts.per_step
+    assert facts.batch is None
+
+
+def test_the_batch_of_a_graph_is_read(tiny_checkpoint: Checkpoint) -> None:
+    for batch in (Batch(4, 4, 4), Batch(1, 2, 8)):
+        written = json.dumps(model_facts(tiny_checkpoint, "tensorrt", batch=batch))
+        assert read_facts({"dmq": written}, "model.onnx").batch == batch
 
 
 def test_a_file_of_another_tool_is_refused() -> None:
@@ -62,6 +70,7 @@ def test_a_file_of_another_tool_is_refused() -> None:
         ({"recipe": {"steps": 0, "scales": "static"}}, "ValueError no calibrated steps"),
         ({"recipe": {"steps": 3, "scales": "dynamic"}}, "ValueError no calibrated steps, or scales that are neither"),
         ({"config": None}, "TypeError"),
+        ({"batch": [4]}, "TypeError"),
     ],
 )
 def test_damaged_facts_are_refused(change: dict[str, object], reason: str, tiny_checkpoint: Checkpoint) -> None:

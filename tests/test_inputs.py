@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.inputs import Input, checked_inputs, first_line
+from engines.inputs import Input, batch_sizes, checked_inputs, first_line
 
 EXPECTED = {
     "sample": Input(np.float32, ["batch", 1, 8, 8]),
@@ -42,6 +42,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, np.ndarray], message: st
 def test_what_is_missing_is_refused() -> None:
     with pytest.raises(DmqError, match="input timestep is missing: the model takes sample, timestep, anything"):
         checked_inputs(EXPECTED, {"sample": GIVEN["sample"], "anything": GIVEN["anything"]})
+
+
+def test_the_sample_says_which_batches_are_taken() -> None:
+    assert batch_sizes(EXPECTED) == (1, None)
+    assert batch_sizes({"sample": Input(np.float32, [4, 1, 8, 8])}) == (4, 4)
 
 
 def test_an_error_is_told_in_its_first_line() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dmq_export.commands.drawing import SampleSettings, labels_conditioning
+from dmq_export.arguments import LABELS, arguments
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
+from dmq_export.conditioning import made_up
 from dmq_export.errors import DmqError
 from dmq_export.latency import Latency, measure_interleaved
 from dmq_export.memory import current_memory
@@ -25,13 +27,13 @@ class BenchSettings:
     """How to measure.
 
     Attributes:
-        batch: samples per evaluation.
+        batch: samples per evaluation; None for the size that the first graph is made for, or else 1.
         repeat: evaluations of each engine that are timed.
         warm_up: evaluations of each before, which are not.
         threads: of the CPU; None leaves the number to each backend.
     """
 
-    batch: int = 1
+    batch: int | None = None
     repeat: int = 50
     warm_up: int = 3
     threads: int | None = None
@@ -66,11 +68,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """The result."""
+    """The result; ``notes`` say how to read it."""
 
     settings: BenchSettings
     steps: int
     timings: tuple[Timing, ...]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """One line per engine."""
@@ -89,7 +92,7 @@ class Bench:
         ]
         how = f"batch {self.settings.batch}, {self.settings.repeat} evaluations of each in turn"
         foot = f"{how}; images of {self.steps} steps; ratio: how many times as fast as the first"
-        return f"{table(header, rows, right=range(2, len(header)))}\n{foot}"
+        return "\n".join([table(header, rows, right=range(2, len(header))), foot, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class _Contestant:
 
     name: str
     engine: Engine
+    batch: int
     evaluate: Callable[[int], Any]
     load_seconds: float
     warm_up_seconds: float
@@ -113,19 +117,36 @@ def bench_engines(
         DmqError: an engine does not open, or they are of different models.
     """
     contestants: list[_Contestant] = []
+    openers = [(name, _opener(name, settings.threads)) for name in engines]
     if reference is not None:
-        like = _opener(engines[0], settings.threads)()
-        contestants.append(_contestant(f"float {reference}", lambda: float_engine(reference, like), settings))
-    for name in engines:
-        contestants.append(_contestant(name, _opener(name, settings.threads), settings))
+        like = openers[0][1]()
+        openers.insert(0, (f"float {reference}", lambda: float_engine(reference, like)))
+    for name, opener in openers:
+        contestants.append(_contestant(name, opener, settings))
+        settings = replace(settings, batch=contestants[0].batch)
     _require_one_model(contestants)
     calls = {f"{index}": one.evaluate for index, one in enumerate(contestants)}
     with progress.stage("bench", len(calls) * settings.repeat, "evaluation") as advance:
         latencies = list(measure_interleaved(calls, settings.repeat, advance).values())
     steps = contestants[0].engine.facts.steps
     baseline = latencies[0].percentile(50)
-    timings = (_timing(*pair, baseline, settings, steps) for pair in zip(contestants, latencies, strict=True))
-    return Bench(settings, steps, tuple(timings))
+    timings = (_timing(*pair, baseline, steps) for pair in zip(contestants, latencies, strict=True))
+    return Bench(settings, steps, tuple(timings), tuple(_notes(contestants)))
+
+
+def _notes(contestants: Sequence[_Contestant]) -> Iterator[str]:
+    """What is timed other than samples of the user's would be."""
+    facts = contestants[0].engine.facts
+    told = [argument.name for argument in arguments(str(facts.config.get("_class_name")), facts.config)]
+    text = [name for name in told if name != LABELS]
+    if text:
+        yield f"told random numbers as {', '.join(text)}: the time does not depend on the prompt"
+    for one in contestants:
+        made_for = None if one.engine.backend == "torch" else one.engine.facts.batch
+        fixed = made_for.fixed if made_for else None
+        if fixed and one.batch % fixed:
+            padded = fixed * math.ceil(one.batch / fixed)
+            yield f"{one.name} takes {fixed} at a time: a batch of {one.batch} is padded to {padded}"
 
 
 def _opener(name: str, threads: int | None) -> Callable[[], Engine]:
@@ -143,18 +164,21 @@ def _contestant(name: str, opener: Callable[[], Engine], settings: BenchSettings
     memory, start = current_memory(), time.perf_counter()
     engine = opener()
     loaded = time.perf_counter()
-    evaluate = _evaluation(engine, settings.batch)
+    made_for = engine.facts.batch
+    batch = settings.batch or (1 if made_for is None else made_for.usual)
+    evaluate = _evaluation(engine, batch)
     for round_number in range(settings.warm_up):
         evaluate(round_number)
     warm = time.perf_counter()
-    return _Contestant(name, engine, evaluate, loaded - start, warm - loaded, max(0, current_memory() - memory))
+    return _Contestant(name, engine, batch, evaluate, loaded - start, warm - loaded, max(0, current_memory() - memory))
 
 
 def _evaluation(engine: Engine, batch: int) -> Callable[[int], Any]:
     """One evaluation of ``batch`` samples; the timesteps of the calibration take turns."""
     timesteps = engine.facts.timesteps
     sample = initial_noise(sample_shape(engine.facts.config), range(batch), 0)
-    conditioning = labels_conditioning(engine.facts.config, SampleSettings(count=batch)).given
+    config = engine.facts.config
+    conditioning = made_up(str(config.get("_class_name")), config, engine.inputs, batch)
     return lambda number: engine.denoise(sample, timesteps[number % len(timesteps)], **conditioning)
 
 
@@ -166,7 +190,7 @@ def _require_one_model(contestants: Sequence[_Contestant]) -> None:
             raise DmqError(f"{first.name} makes samples of {shapes[0]}, {other.name} of {shapes[1]}: bench one model")
 
 
-def _timing(one: _Contestant, latency: Latency, baseline: float, settings: BenchSettings, steps: int) -> Timing:
+def _timing(one: _Contestant, latency: Latency, baseline: float, steps: int) -> Timing:
     p50, p90, p99 = (latency.percentile(percent) for percent in (50, 90, 99))
     return Timing(
         engine=one.name,
@@ -177,6 +201,6 @@ def _timing(one: _Contestant, latency: Latency, baseline: float, settings: Bench
         p50=1000 * p50,
         p90=1000 * p90,
         p99=1000 * p99,
-        images_per_second=settings.batch / (p50 * steps),
+        images_per_second=one.batch / (p50 * steps),
         ratio=baseline / p50,
     )

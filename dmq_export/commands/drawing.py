@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from dmq_export.seeds import stream_seed
 from dmq_export.signature import sample_shape
 from engines.ddim import Ddim, DdimSettings, unsupported
 
+BATCH = 32  # samples per evaluation, where neither the user nor the graph says
 Samples = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -44,7 +45,7 @@ class SampleSettings:
         guidance_scale: classifier-free guidance, or None.
         null_label: the label that stands for no label.
         seed: of the noise.
-        batch: samples per evaluation.
+        batch: samples per evaluation; None for the size that the graph is made for, or else 32.
     """
 
     count: int = 20
@@ -55,16 +56,20 @@ class SampleSettings:
     guidance_scale: float | None = None
     null_label: int | None = None
     seed: int = 0
-    batch: int = 32
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.batch < 1:
+        if self.count < 1 or (self.batch is not None and self.batch < 1):
             raise DmqError(f"count {self.count} and batch {self.batch}: at least 1 is needed of each")
+
+    def sized(self, facts: Facts) -> SampleSettings:
+        """With the batch that the graph is made for, where none is asked for."""
+        return replace(self, batch=self.batch or (BATCH if facts.batch is None else facts.batch.usual))
 
     def batches(self) -> list[range]:
         """The samples' indices, ``batch`` at a time."""
-        starts = range(0, self.count, self.batch)
-        return [range(start, min(start + self.batch, self.count)) for start in starts]
+        size = self.batch or BATCH
+        return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ def draw_samples(
     Raises:
         DmqError: the settings do not suit the model.
     """
+    settings = settings.sized(engine.facts)
     if conditioning is None:
         conditioning = conditioning_for(engine.facts, settings)
     return np.concatenate(list(draw_batches(engine, settings, conditioning, settings.batches(), progress)))

@@ -7,11 +7,11 @@ Arrays are NumPy's: ``sample [N, C, H, W]`` float32, ``timestep`` one number for
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ from dmq_export.signature import sample_shape
 if TYPE_CHECKING:
     import torch
 
+    from engines.inputs import Input
+    from engines.openvino import OpenVinoDenoiser
+    from engines.ort import OnnxRuntimeDenoiser
+
 Backend = Literal["auto", "tensorrt", "openvino", "onnxruntime", "torch"]
 Denoise = Callable[..., NDArray[np.float32]]
 
@@ -40,12 +44,14 @@ class Engine:
         backend: what executes it.
         denoise: the contract above.
         facts: its model, and how it was calibrated.
+        inputs: shapes ``[N, ...]`` of the conditioning by name; a size that is no number varies.
     """
 
     name: str
     backend: str
     denoise: Denoise
     facts: Facts
+    inputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def float_engine(model: str, like: Engine) -> Engine:
     expected = sample_shape(like.facts.config)
     if source.sample_shape != expected:
         raise DmqError(f"{model} makes samples of {source.sample_shape}, the engine of {expected}")
-    return Engine("float", "torch", float_denoiser(source), like.facts)
+    return Engine("float", "torch", float_denoiser(source), like.facts, like.inputs)
 
 
 def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
@@ -114,7 +120,8 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
     device = _torch_device(execution.provider)
     checkpoint = load_checkpoint(folder)
     facts = facts_from_json(model_facts(checkpoint, "reference"))
-    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, device), facts)
+    inputs = {name: ("batch", *value.shape[1:]) for name, value in checkpoint.probe.conditioning.items()}
+    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, device), facts, inputs)
 
 
 def _torch_device(provider: str | None) -> torch.device:
@@ -139,10 +146,15 @@ def _open_onnx(path: Path, execution: Execution) -> Engine:
     made_for_openvino = facts.target == "openvino"
     able: tuple[Backend, ...] = ("openvino", "onnxruntime") if made_for_openvino else ("onnxruntime", "openvino")
     backend = _backend(path, execution, able)
-    return Engine(facts.bits, backend, _onnx_denoiser(path, backend, execution), facts)
+    denoiser = _onnx_denoiser(path, backend, execution)
+    return Engine(facts.bits, backend, denoiser, facts, _conditioning(denoiser.inputs))
 
 
-def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> Denoise:
+def _conditioning(inputs: Mapping[str, Input]) -> dict[str, Sequence[Any]]:
+    return {name: one.shape for name, one in inputs.items() if name not in ("sample", "timestep")}
+
+
+def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVinoDenoiser | OnnxRuntimeDenoiser:
     if backend == "openvino":
         from engines.openvino import OpenVinoDenoiser
 
@@ -160,7 +172,8 @@ def _open_plan(path: Path, execution: Execution) -> Engine:
     denoiser = TensorRtDenoiser(path)
     if denoiser.facts.facts is None:
         raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
-    return Engine(str(denoiser.facts.facts["bits"]), "tensorrt", denoiser, facts_from_json(denoiser.facts.facts))
+    facts = facts_from_json(denoiser.facts.facts)
+    return Engine(facts.bits, "tensorrt", denoiser, facts, _conditioning(denoiser.inputs))
 
 
 def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Backend:

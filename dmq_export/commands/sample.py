@@ -93,6 +93,7 @@ def sample_engine(
     rank = Rank.of(os.environ)
     _require_outputs(outputs, rank)
     engine = open_engine(path, execution)
+    settings = settings.sized(engine.facts)
     paint = None if outputs.picture is None else painter(engine.facts, outputs.pipeline, progress)
     embeddings = prompting.encoded(
         outputs.pipeline,
