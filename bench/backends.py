@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from calib.denoiser import TorchDenoiser
 from calib.reference import load_reference, perturbed
 from dmq_export.checkpoint import load_checkpoint
-from dmq_export.commands.drawing import Arrays, SampleSettings, draw_batch, labels_conditioning
+from dmq_export.commands.drawing import Arrays, SampleSettings, draw_samples, labels_conditioning
 from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
+from dmq_export.progress import Progress
 from dmq_export.table import table
 
 Array = NDArray[np.float32]
@@ -46,7 +47,7 @@ def float_trajectory(engine: Engine, settings: SampleSettings) -> tuple[list[tup
 def drawn(engine: Engine, settings: SampleSettings) -> Array:
     """All samples in one batch."""
     conditioning = labels_conditioning(engine.facts.config, settings)
-    return draw_batch(engine, settings, conditioning, range(settings.count))
+    return draw_samples(engine, settings, Progress(show=False), conditioning)
 
 
 def rms(values: Array) -> float:

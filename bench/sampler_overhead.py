@@ -1,11 +1,12 @@
-"""What sampling costs beside the engine: the share of its time that `draw_batch` spends outside `denoise`.
+"""What sampling costs beside the engine: the share of its time that sampling one batch spends outside `denoise`.
 
     python bench/sampler_overhead.py model.onnx              # about a minute
     python bench/sampler_overhead.py model.onnx --batch 32 --scheduler euler
 
-Both times come from the same calls: every call of the engine is timed inside the sampler's own. Printed is the median
-over the repetitions, by the wall clock and by the CPU time of the one thread that runs both, which other processes on
-the machine disturb less. The goal is below 3 % at 20 steps.
+All times come from the same calls: every call of the engine, and of the scheduler's own code (`step` and
+`scale_model_input`, ours for DDIM and diffusers' for the others), is timed inside the sampler's own. Printed is the
+median over the repetitions, by the wall clock and by the CPU time of the one thread that runs it all, which other
+processes on the machine disturb less. The goal is below 3 % at 20 steps.
 """
 
 from __future__ import annotations
@@ -15,45 +16,64 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_batch
+import diffusers
+
+from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.conditioning import made_up
+from dmq_export.progress import Progress
 from dmq_export.schedulers import SCHEDULERS
 from dmq_export.table import table
+from engines.ddim import Ddim
 
 CLOCKS = (time.perf_counter, time.thread_time)
+COLUMNS = ("us per step", "scheduler's", "overhead")
+Clock = Callable[[], float]
 
 
-def overhead(engine: Engine, settings: SampleSettings, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of one batch in the engine, and outside it."""
-    inside = 0.0
+class Meter:
+    """Adds up the seconds that calls take."""
 
-    def timed(*arguments: Any, **conditioning: Any) -> Any:
-        nonlocal inside
-        start = clock()
-        prediction = engine.denoise(*arguments, **conditioning)
-        inside += clock() - start
-        return prediction
+    def __init__(self, clock: Clock) -> None:
+        self.seconds = 0.0
+        self._clock = clock
 
-    start = clock()
-    indices = range(settings.count)
-    config = engine.facts.config
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            start = self._clock()
+            result = function(*arguments, **named)
+            self.seconds += self._clock() - start
+            return result
+
+        return call
+
+
+def seconds_of(engine: Engine, settings: SampleSettings, clock: Clock) -> tuple[float, float, float]:
+    """Of one batch: in the engine, outside it, and of that in the scheduler's own code."""
+    whole, inside, scheduler = Meter(clock), Meter(clock), Meter(clock)
+    config, name = engine.facts.config, settings.scheduler
     conditioning = Conditioning(made_up(str(config.get("_class_name")), config, engine.inputs, settings.count))
-    draw_batch(replace(engine, denoise=timed), settings, conditioning, indices)
-    total = clock() - start
-    return inside, total - inside
+    own = Ddim if name == "ddim" else getattr(diffusers, SCHEDULERS[str(name)])
+    metered = {method: scheduler.timed(getattr(own, method)) for method in ("step", "scale_model_input")}
+    with patch.multiple(own, **metered):
+        timed = replace(engine, denoise=inside.timed(engine.denoise))
+        whole.timed(draw_samples)(timed, settings, Progress(show=False), conditioning)
+    return inside.seconds, whole.seconds - inside.seconds, scheduler.seconds
 
 
-def measured(engine: Engine, settings: SampleSettings, clock: Callable[[], float], repeat: int) -> tuple[str, str]:
-    """Microseconds per step outside the engine, and their share of those in it."""
-    overhead(engine, settings, clock)  # imports and first allocations
-    runs = [overhead(engine, settings, clock) for _ in range(repeat)]
-    share = statistics.median(outside / inside for inside, outside in runs)
-    step = statistics.median(outside for _, outside in runs) / (settings.steps or 1)
-    return f"{1e6 * step:.0f}", f"{100 * share:.2f} %"
+def measured(engine: Engine, settings: SampleSettings, clock: Clock, repeat: int) -> tuple[str, str, str]:
+    """Microseconds per step outside the engine, of them in the scheduler, and the share of those in the engine."""
+    seconds_of(engine, settings, clock)  # imports and first allocations
+    runs = [seconds_of(engine, settings, clock) for _ in range(repeat)]
+    share = statistics.median(outside / inside for inside, outside, _ in runs)
+    outside, own = (statistics.median(run[which] for run in runs) / (settings.steps or 1) for which in (1, 2))
+    return f"{1e6 * outside:.0f}", f"{1e6 * own:.0f}", f"{100 * share:.2f} %"
 
 
 def main() -> None:
@@ -72,7 +92,7 @@ def main() -> None:
             settings = SampleSettings(count=batch, batch=batch, steps=arguments.steps, scheduler=scheduler)
             cells = [cell for clock in CLOCKS for cell in measured(engine, settings, clock, arguments.repeat)]
             rows.append((scheduler, str(batch), *cells))
-    header = ("scheduler", "batch", "us per step", "overhead", "CPU us per step", "CPU overhead")
+    header = ("scheduler", "batch", *(f"{clock}{column}" for clock in ("", "CPU ") for column in COLUMNS))
     print(table(header, rows, right=range(1, len(header))))
 
 

@@ -10,7 +10,7 @@ import torch
 from dmq_export.commands.drawing import (
     Conditioning,
     SampleSettings,
-    draw_batch,
+    draw_batches,
     draw_samples,
     labels_conditioning,
     sampler_for,
@@ -46,6 +46,7 @@ def denoise(x: np.ndarray, t: float, **conditioning: np.ndarray) -> np.ndarray:
     return network(x, t, conditioning["class_labels"]).astype(np.float32)
 
 
+LABELS = {"class_labels": np.arange(2)}
 ENGINE = Engine("w4a8", "numpy", denoise, FACTS)
 
 
@@ -75,13 +76,13 @@ def test_ddim_is_ours_and_close_to_that_of_diffusers() -> None:
     expected = sample(network, noise, build_scheduler(FACTS.scheduler, None, 5), labels).numpy()
     # five steps with four coefficients each, whose square roots PyTorch may round the other way
     np.testing.assert_allclose(result, expected, rtol=0, atol=20 * 2.0**-23 * np.abs(expected).max())
-    assert type(sampler_for(FACTS, SampleSettings(), range(1)).scheduler).__module__ == "engines.ddim"
+    assert type(sampler_for(FACTS, SampleSettings()).scheduler).__module__ == "engines.ddim"
 
 
 def test_what_our_ddim_lacks_diffusers_does() -> None:
     facts = replace(FACTS, scheduler={**FACTS.scheduler, "thresholding": True})
-    sampler = sampler_for(facts, SampleSettings(), range(2))
-    assert type(sampler.scheduler).__name__ == "NumpyScheduler"
+    sampler = sampler_for(facts, SampleSettings())
+    assert type(sampler.scheduler).__module__.startswith("diffusers.")
     assert sampler.name == "DDIMScheduler"
     assert drawn(facts, count=2).shape == (2, 2, 4, 4)
 
@@ -95,9 +96,9 @@ def test_a_sample_depends_on_its_number_not_its_batch(change: dict[str, Any]) ->
 
 def test_eta_is_that_of_the_calibration_unless_asked_otherwise() -> None:
     facts = replace(FACTS, recipe={**FACTS.recipe, "eta": 1.0})
-    assert sampler_for(facts, SampleSettings(), range(1)).eta == 1.0
-    assert sampler_for(facts, SampleSettings(eta=0.0), range(1)).eta == 0.0
-    assert sampler_for(facts, SampleSettings(scheduler="euler"), range(1)).eta == 0.0  # which has none
+    assert sampler_for(facts, SampleSettings()).eta == 1.0
+    assert sampler_for(facts, SampleSettings(eta=0.0)).eta == 0.0
+    assert sampler_for(facts, SampleSettings(scheduler="euler")).eta == 0.0  # which has none
     np.testing.assert_array_equal(drawn(facts, count=2), drawn(count=2, eta=1.0))
     assert not np.array_equal(drawn(facts, count=2), drawn(count=2))
 
@@ -165,9 +166,17 @@ def test_a_batch_alone_is_that_batch_of_all() -> None:
     settings = SampleSettings(count=6, batch=4)
     conditioning = labels_conditioning(FACTS.config, settings)
     rows = range(4, 6)
-    np.testing.assert_array_equal(
-        draw_batch(ENGINE, settings, conditioning.rows(rows), rows), drawn(count=6, batch=4)[4:]
+    (alone,) = draw_batches(ENGINE, settings, conditioning, [rows], Progress(show=False))
+    np.testing.assert_array_equal(alone, drawn(count=6, batch=4)[4:])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_batch_knows_nothing_of_the_one_before(name: str) -> None:
+    """Solvers of higher order remember predictions; the scheduler is built once for all batches."""
+    first, again = draw_batches(
+        ENGINE, SampleSettings(count=2, scheduler=name), Conditioning(LABELS), [range(2)] * 2, Progress(show=False)
     )
+    np.testing.assert_array_equal(again, first)
 
 
 @pytest.mark.parametrize("settings", [{"count": 0}, {"batch": 0}])

@@ -22,8 +22,8 @@ from calib.calibrate import calibrate
 from calib.decoder import decode, decoder_folder
 from calib.pipeline import EngineDenoiser, build_pipeline
 from calib.plan import Limits
-from calib.scheduler import NumpyScheduler
 from calib.text import encode_prompts
+from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
@@ -106,16 +106,17 @@ def drawn(made: Made, engine: Engine, noise: torch.Tensor, generator: torch.Gene
     asked = replace(made.asked, labels=(0, 1)) if made.kind == "dit" else made.asked
     given, without = told(str(config["_class_name"]), config, asked, 2)
     scheduler = build_scheduler(engine.facts.scheduler, None, STEPS, config)
+    library = torch_library()
     result = sample(
-        engine.denoise,
-        noise.numpy(),
-        NumpyScheduler(scheduler),
+        lambda x, t, **inputs: library.of_numpy(engine.denoise(library.to_numpy(x), float(t), **inputs)),
+        noise,
+        scheduler,
         given,
-        guidance=Guidance(SCALE, without, np.concatenate) if without else None,
+        guidance=Guidance(SCALE, without, library.concatenate) if without else None,
         step_options={"generator": generator} if made.kind == "ddpm" else {},
     )
     folder = decoder_folder(made.folder)
-    pictures = result if folder is None else decode(folder, result)
+    pictures = result.numpy() if folder is None else decode(folder, result.numpy())
     return (pictures / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
 
 

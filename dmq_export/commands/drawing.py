@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,60 +146,82 @@ def draw_samples(
 def draw_batches(
     engine: Engine, settings: SampleSettings, conditioning: Conditioning, batches: list[range], progress: Progress
 ) -> Iterator[Samples]:
-    """The samples of each of ``batches``, one after the other."""
-    total = sum(len(indices) for indices in batches) * (settings.steps or engine.facts.steps)
-    with progress.stage(f"sampling {engine.name}", total, "step") as advance:
-        for indices in batches:
-            yield draw_batch(engine, settings, conditioning.rows(indices), indices, advance)
-
-
-def draw_batch(
-    engine: Engine,
-    settings: SampleSettings,
-    conditioning: Conditioning,
-    indices: range,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Samples:
-    """Samples ``indices``, with their rows of the conditioning.
+    """The samples of each of ``batches``, one after the other.
 
     Raises:
         DmqError: the scheduler does not suit the settings.
     """
-    sampler = sampler_for(engine.facts, settings, indices)
-    guidance = None
+    sampler = sampler_for(engine.facts, settings)
+    total = sum(len(indices) for indices in batches) * (settings.steps or engine.facts.steps)
+    with progress.stage(f"sampling {engine.name}", total, "step") as advance:
+        for indices in batches:
+            yield _draw_batch(engine, sampler, settings, conditioning.rows(indices), indices, advance)
+
+
+def _draw_batch(
+    engine: Engine,
+    sampler: Sampler,
+    settings: SampleSettings,
+    conditioning: Conditioning,
+    indices: range,
+    advance: Callable[[int], None],
+) -> Samples:
+    """Samples ``indices``, with their rows of the conditioning."""
+    library, guidance = sampler.library, None
     if settings.guidance_scale is not None and conditioning.unconditional:
-        guidance = Guidance(settings.guidance_scale, conditioning.unconditional, np.concatenate)
-    drawn: Samples = sample(
-        lambda x, t, **inputs: engine.denoise(x, float(t), **inputs),
-        initial_noise(sample_shape(engine.facts.config), indices, settings.seed),
-        sampler.scheduler,
+        guidance = Guidance(settings.guidance_scale, conditioning.unconditional, library.concatenate)
+    drawn = sample(
+        lambda x, t, **inputs: library.of_numpy(engine.denoise(library.to_numpy(x), float(t), **inputs)),
+        library.of_numpy(initial_noise(sample_shape(engine.facts.config), indices, settings.seed)),
+        deepcopy(sampler.scheduler),  # multistep solvers remember predictions
         conditioning.given,
         guidance=guidance,
-        step_options=sampler.options,
+        step_options=sampler.options(indices),
         callback=lambda evaluation: advance(len(indices)),
     )
-    return drawn
+    samples: Samples = library.to_numpy(drawn)
+    return samples
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a scheduler computes with; samples and predictions are its arrays, the conditioning is NumPy's throughout.
+
+    Attributes:
+        of_numpy, to_numpy: between its arrays and NumPy's; memory is shared, not copied.
+        concatenate: its arrays, or NumPy's.
+    """
+
+    of_numpy: Callable[[NDArray[Any]], Any]
+    to_numpy: Callable[[Any], NDArray[Any]]
+    concatenate: Callable[[list[Any]], Any]
+
+
+NUMPY = Library(np.asarray, np.asarray, np.concatenate)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler for NumPy arrays with its timesteps set.
+    """A scheduler with its timesteps set.
 
     Attributes:
         name: class name of diffusers' scheduler of this kind.
         eta: DDIM's noise share.
-        scheduler: see :class:`dmq_export.sampling.Scheduler`.
-        options: of its ``step``.
+        scheduler: see :class:`dmq_export.sampling.Scheduler`; at its start, so that each batch steps a copy. Building
+            one of diffusers' takes as long as ten of its steps.
+        options: of its ``step``, for the samples of a batch.
+        library: that it computes with.
     """
 
     name: str
     eta: float
     scheduler: Any
-    options: Mapping[str, Any]
+    options: Callable[[range], Mapping[str, Any]]
+    library: Library
 
 
-def sampler_for(facts: Facts, settings: SampleSettings, indices: range) -> Sampler:
-    """The sampler of one batch.
+def sampler_for(facts: Facts, settings: SampleSettings) -> Sampler:
+    """The sampler of all batches.
 
     Raises:
         DmqError: it cannot be built, does not take the settings, or needs diffusers, which is not installed.
@@ -209,13 +233,31 @@ def sampler_for(facts: Facts, settings: SampleSettings, indices: range) -> Sampl
     if eta is None:
         eta = float(facts.recipe.get("eta") or 0) if name == calibrated else 0.0
     if name == SCHEDULERS["ddim"] and unsupported(facts.scheduler) is None:
-        streams = noise_streams("steps", indices, settings.seed) if eta else []
         ddim = Ddim(DdimSettings.from_config(facts.scheduler), steps)
-        return Sampler(name, eta, ddim, {"eta": eta, "generator": streams})
+        return Sampler(name, eta, ddim, partial(_ddim_options, eta, settings.seed), NUMPY)
     scheduler = build_scheduler(facts.scheduler, settings.scheduler, steps, facts.config)
+    taken = step_options(scheduler, eta=eta, generators=())
+    return Sampler(name, eta, scheduler, partial(_options, taken, settings.seed), torch_library())
+
+
+def _ddim_options(eta: float, seed: int, indices: range) -> Mapping[str, Any]:
+    return {"eta": eta, "generator": noise_streams("steps", indices, seed) if eta else []}
+
+
+def _options(taken: Mapping[str, Any], seed: int, indices: range) -> Mapping[str, Any]:
+    """What diffusers' scheduler takes, with one generator for each sample where it takes any."""
+    if "generator" not in taken:
+        return taken
     import torch
 
-    from calib.scheduler import NumpyScheduler
+    return {**taken, "generator": [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]}
 
-    generators = [torch.Generator().manual_seed(stream_seed(settings.seed, "steps", i)) for i in indices]
-    return Sampler(name, eta, NumpyScheduler(scheduler), step_options(scheduler, eta=eta, generators=generators))
+
+def torch_library() -> Library:
+    """PyTorch's tensors, on the CPU."""
+    import torch
+
+    def concatenate(arrays: list[Any]) -> Any:
+        return torch.cat(arrays) if isinstance(arrays[0], torch.Tensor) else np.concatenate(arrays)
+
+    return Library(torch.from_numpy, torch.Tensor.numpy, concatenate)

@@ -137,7 +137,7 @@ def _notes(engine: Engine, settings: SampleSettings, outputs: Outputs) -> Iterat
     Raises:
         DmqError: the scheduler does not suit the settings.
     """
-    sampler = sampler_for(engine.facts, settings, range(1))
+    sampler = sampler_for(engine.facts, settings)
     yield from mismatches(
         engine.facts,
         scheduler=sampler.name,
