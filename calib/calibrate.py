@@ -153,7 +153,7 @@ def _checkpoint(stages: Stages) -> Checkpoint:
     stages, fits = stages.widen(stages.fit(calibration), calibration)
     layers = stages.round_blocks([fit.layer for fit in fits], calibration)
     layers, votes = stages.vote(layers, calibration)
-    held_out = stages.record("held-out trajectories", recipe.check_samples)
+    held_out = stages.record("held-out trajectories", recipe.check_samples, held_out=True)
     quantized_names = {layer.spec.name for layer in layers}
     return Checkpoint(
         model=_model_facts(source, recipe),

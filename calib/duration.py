@@ -15,6 +15,7 @@ from calib.model import SourceModel
 from calib.recipe import Recipe
 from calib.rounding import CHUNK
 from calib.sensitivity import SAMPLES, STEPS
+from calib.trajectories import Conditioning
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
@@ -22,12 +23,12 @@ PROBE_COLUMNS, PROBE_ITERATIONS = 1200, 8
 TIMED, LONG = 3, 2.0
 
 
-def evaluation_seconds(source: SourceModel, batch: int) -> float:
+def evaluation_seconds(source: SourceModel, told: Conditioning, batch: int) -> float:
     """Seconds a sample takes, ``batch`` at a time: the best of three, or the first if that takes long."""
     best = math.inf
     for _ in range(TIMED):
         start = time.perf_counter()
-        evaluate_zeros(source, batch)
+        evaluate_zeros(source, told, batch)
         best = min(best, time.perf_counter() - start)
         if best > LONG:
             break

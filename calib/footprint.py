@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from calib.capture import capture_bytes, columns_of, patch_rows
-from calib.families import example_conditioning
 from calib.fit import LOOKED_AT
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
 from calib.recipe import Recipe
 from calib.rounding import CHUNK
+from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import current_memory
 
@@ -50,11 +50,12 @@ class Footprint:
         return max(self.evaluating(batch), self.fixed + fitting)
 
 
-def footprint(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, branches: int) -> Footprint:
-    """Of calibrating ``specs``; ``branches`` is 2 with guidance."""
+def footprint(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, told: Conditioning) -> Footprint:
+    """Of calibrating ``specs``; ``told`` is what a sample is told."""
+    branches = 2 if told.unconditional else 1
     sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
-    sample = branches * activation_bytes(source)  # before asking what the process holds: it does more afterwards
+    sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
     return Footprint(
         fixed=current_memory() + _trajectory_bytes(source, recipe, branches),
         check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
@@ -73,21 +74,20 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
 
 
-def activation_bytes(source: SourceModel) -> int:
+def activation_bytes(source: SourceModel, told: Conditioning) -> int:
     """What evaluating one sample holds at its worst moment: module outputs, and as much again between modules."""
     with _live_outputs(source.network) as live:
-        evaluate_zeros(source, 1)
+        evaluate_zeros(source, told, 1)
     return 2 * live.most
 
 
-def evaluate_zeros(source: SourceModel, batch: int) -> None:
-    """Run the model once, on ``batch`` samples of zeros."""
+def evaluate_zeros(source: SourceModel, told: Conditioning, batch: int) -> None:
+    """Run the model once, on ``batch`` samples of zeros, each with the first row of what is ``told``."""
     device = next(source.network.parameters()).device
-    example = example_conditioning(source.class_name, source.config, batch=batch)
-    told = {key: value.to(device) for key, value in example.items()}
+    given = {key: value[:1].expand(batch, *value.shape[1:]).to(device) for key, value in told.given.items()}
     with torch.no_grad():
         sample = torch.zeros(batch, *source.sample_shape, device=device)
-        predict(source.network, sample, torch.tensor(1.0, device=device), told).cpu()
+        predict(source.network, sample, torch.tensor(1.0, device=device), given).cpu()
 
 
 class _Live:

@@ -119,19 +119,19 @@ def make_plan(
         DmqError: no plan does.
     """
     specs = surveyed.coverage.quantized
-    branches = 2 if conditioning_for(source, recipe, 1).unconditional else 1
-    rows = recipe.samples * branches
+    told = conditioning_for(source, recipe, 1)
+    rows = recipe.samples * (2 if told.unconditional else 1)
     evaluations = rows * recipe.steps
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
     passes = split_passes(families, evaluations, _disk_limit(limits, work))
     fits = fit_seconds(source, specs, recipe, evaluations)
-    bytes_held, limit = footprint(source, specs, recipe, branches), _memory_limit(limits)
+    bytes_held, limit = footprint(source, specs, recipe, told), _memory_limit(limits)
     batch = batch or next((b for b in BATCHES if bytes_held.evaluating(b) <= limit), 1)
     _require_room(source, bytes_held.peak(batch, 1), batch, limit)
     workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
     seconds = stage_seconds(
-        evaluation_seconds(source, batch), rows, recipe, len(passes), len(specs), sum(fits) / workers
+        evaluation_seconds(source, told, batch), rows, recipe, len(passes), len(specs), sum(fits) / workers
     )
     return Plan(passes, batch, workers, max(bytes_held.peak(batch, workers), peak_memory()), disk, seconds)
 

@@ -28,7 +28,8 @@ class Recipe:
         guidance_scale: classifier-free guidance, or None.
         labels: class labels, cycled over the samples; empty for none, or for all the model knows.
         null_label: the label that stands for "no label" in guidance.
-        embeddings: of prompts, cycled over the samples, or None; recorded as their number and sha256.
+        embeddings: of prompts, cycled over the samples, or None; recorded as their number and sha256. Those beyond
+            ``samples`` are kept for the check.
         sample_size: height and width of the latents, for a model whose configuration states none (Flux).
         weight_grid: search the weight ranges by squared error instead of min-max.
         les_iterations: of learned equivalent scaling per layer; 0 leaves it out.
@@ -101,6 +102,17 @@ class Recipe:
                 raise DmqError(f"{name} is {getattr(self, name)!r}: one of {', '.join(get_args(literal))} is needed")
         if self.rounding == "adaround" and self.round_iterations < 1:
             raise DmqError("adaround needs iterations: set --round-iters, 20000 in the paper")
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the held-out trajectories draw the calibrated prompts, because there are no others."""
+        return self.embeddings is not None and self.embeddings.count <= self.samples
+
+    def held_out(self) -> "Recipe":
+        """The recipe with the prompts that no calibration sample draws, where there are any."""
+        if self.embeddings is None or self.shares_prompts:
+            return self
+        return replace(self, embeddings=self.embeddings.after(self.samples))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; bit widths as ``w4a8``."""

@@ -47,9 +47,13 @@ class Stages:
     work: WorkFolder
     ranks: Ranks
 
-    def record(self, name: str, count: int) -> Trajectories:
-        """Sample ``count`` trajectories; sets of different names are independent."""
-        recipe = self.recipe
+    def record(self, name: str, count: int, *, held_out: bool = False) -> Trajectories:
+        """Sample ``count`` trajectories; sets of different names are independent.
+
+        Args:
+            held_out: of the prompts that the calibration does not draw, where there are any.
+        """
+        recipe = self.recipe.held_out() if held_out else self.recipe
         settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
         conditioning = conditioning_for(self.source, recipe, count)
         evaluations = recipe.steps * (2 if conditioning.unconditional else 1)

@@ -62,6 +62,15 @@ class Embeddings:
         )
         return given, without
 
+    def after(self, first: int) -> "Embeddings":
+        """Those of the prompts from number ``first`` on.
+
+        Raises:
+            DmqError: there are none.
+        """
+        without = {name: value if len(value) == 1 else value[first:] for name, value in self.unconditional.items()}
+        return Embeddings({name: value[first:] for name, value in self.given.items()}, without)
+
 
 def load_embeddings(path: Path) -> Embeddings:
     """Embeddings from an ``.npz`` file: arrays by argument name, guidance's other branch as ``uncond/<name>``.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import conv2d, linear
-from models import TINY_RECIPE, save_small_model
+from models import TINY_RECIPE, save_small_model, save_tiny_conditional
 from torch import Tensor, nn
 
 import calib.footprint
@@ -22,6 +22,7 @@ from calib.model import SourceModel, load_model
 from calib.plan import Limits, make_plan, split_passes
 from calib.recipe import Recipe
 from calib.survey import survey
+from calib.trajectories import Conditioning
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 
@@ -81,7 +82,15 @@ class Nest(nn.Module):
 
 def test_activations_are_what_lives_at_the_worst_moment() -> None:
     source = SourceModel(Nest(), "Nest", {"sample_size": 1, "in_channels": 1}, {}, "")
-    assert 2 * 4 * 4000 <= activation_bytes(source) <= 2 * 4 * 4010
+    assert 2 * 4 * 4000 <= activation_bytes(source, Conditioning({}, {})) <= 2 * 4 * 4010
+
+
+def test_the_text_counts_as_long_as_it_is(tmp_path: Path) -> None:
+    source = load_model(save_tiny_conditional(tmp_path), CPU)
+    name, width = "encoder_hidden_states", source.config["cross_attention_dim"]
+    short, long = (Conditioning({name: torch.zeros(3, length, width)}, {}) for length in (8, 512))
+    keys_and_values = 2 * 2 * 4 * 512 * 16  # of 512 tokens, 16 channels wide, and as much again
+    assert activation_bytes(source, short) < keys_and_values < activation_bytes(source, long) < 2 * keys_and_values
 
 
 @pytest.mark.parametrize("largest", [conv2d(parts=(512,), out_channels=512), conv2d(parts=(1792,), out_channels=896)])
@@ -99,7 +108,7 @@ def test_less_memory_means_smaller_batches_then_a_refusal(
     monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
-    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source: GIB // 4)
+    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
     batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
     assert batches == [16, 4, 4, 2, 1]
     with pytest.raises(
@@ -117,7 +126,7 @@ def test_processes_of_one_machine_share_its_free_memory(
     monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.plan, "available_memory", lambda: 5 * GIB)
-    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source: GIB // 4)
+    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
     assert plan_of(small, Limits(CPU), tmp_path).batch == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan_of(small, Limits(CPU), tmp_path).batch == 4

@@ -45,6 +45,14 @@ def test_any_change_changes_the_hash() -> None:
     assert base == Embeddings({"a": np.zeros((2, 3), np.float32)})
 
 
+def test_the_rest_of_the_prompts_keeps_its_other_branch() -> None:
+    words = text(3)
+    assert Embeddings({"a": words}, {"a": words[:1]}).after(2) == Embeddings({"a": words[2:]}, {"a": words[:1]})
+    assert Embeddings({"a": words}, {"a": -words}).after(1) == Embeddings({"a": words[1:]}, {"a": -words[1:]})
+    with pytest.raises(DmqError, match="there are no embeddings"):
+        Embeddings({"a": words}).after(3)
+
+
 def refuse_file(path: Path, message: str) -> None:
     with pytest.raises(DmqError, match=message) as caught:
         load_embeddings(path)

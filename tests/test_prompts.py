@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines import save_tiny_pipeline
 
 from dmq_export.arguments import Argument
+from dmq_export.checkpoint import load_checkpoint
 from dmq_export.cli import main
 from dmq_export.commands.prompts import NO_TEXT, Prompting, read_prompts
 from dmq_export.errors import DmqError
@@ -70,10 +71,15 @@ def test_prompts_need_a_pipeline_and_nothing_needs_none() -> None:
 
 def test_embeddings_go_the_whole_road_without_a_text_encoder(tmp_path: Path) -> None:
     model = save_tiny_conditional(tmp_path / "sd")
-    np.savez(tmp_path / "e.npz", **random_embeddings([TEXT], 2, uncond=True).named())
+    embeddings = random_embeddings([TEXT], 4, uncond=True)
+    np.savez(tmp_path / "e.npz", **embeddings.named())
     told = ["--prompt-embeds", tmp_path / "e.npz", "--guidance-scale", "3"]
     result = run("calibrate", model, "-o", tmp_path / "ckpt", *TINY, *told, "--json")
     assert result.exit_code == 0, result.output
+    # two samples draw the first two prompts; what is measured is measured on the others
+    probe = load_checkpoint(tmp_path / "ckpt").probe.conditioning[TEXT.name]
+    np.testing.assert_array_equal(probe, embeddings.given[TEXT.name][2:])
+    assert "the check draws them again" not in result.stderr
     drawn = run("sample", tmp_path / "ckpt", "--npz", tmp_path / "s.npz", "--num", 3, *told, "--reference", model)
     assert drawn.exit_code == 0, drawn.output
     assert np.load(tmp_path / "s.npz")["samples"].shape == (3, 4, 8, 8)
@@ -93,6 +99,7 @@ def test_prompts_go_the_whole_road_to_pictures(tmp_path: Path) -> None:
     told = ["--prompts", tmp_path / "prompts.txt", "--guidance-scale", "3"]
     result = run("calibrate", folder, "-o", tmp_path / "ckpt", *TINY, *told)
     assert result.exit_code == 0, result.output
+    assert "no more prompts than the 2 samples: the check draws them again, from other noise" in result.stderr
     asked = ["--pipeline", folder, "--prompt", "a red cat", "--prompt", "dog", "--guidance-scale", "3", "--num", "2"]
     drawn = run("sample", tmp_path / "ckpt", "-o", tmp_path / "p.png", "--npz", tmp_path / "s.npz", *asked)
     assert drawn.exit_code == 0, drawn.output

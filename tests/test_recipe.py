@@ -1,15 +1,17 @@
 """Settings of a calibration: presets, changes, the record in the checkpoint, and what is refused."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.recipe import PRESETS, Preset, Recipe, recipe_from
 from dmq_export.bits import Bits
+from dmq_export.embeddings import Embeddings
 from dmq_export.errors import DmqError
 
 
@@ -33,6 +35,19 @@ def test_the_paper_preset_has_the_published_settings() -> None:
     assert (paper.les_iterations, paper.les_learning_rate, paper.timestep_alpha) == (6000, 1e-3, 20.0)
     assert (paper.rounding, paper.round_iterations, paper.weight_grid) == ("adaround", 20000, True)
     assert (paper.pts_layers, paper.pts_kappa) == ("skip", 0.85)
+
+
+def test_prompts_beyond_the_samples_are_held_out() -> None:
+    words, empty = np.arange(5.0).reshape(5, 1), np.zeros((1, 1))
+    recipe = Recipe(samples=3, embeddings=Embeddings({"text": words}, {"text": empty}))
+    assert not recipe.shares_prompts
+    rest = recipe.held_out().embeddings
+    assert rest == Embeddings({"text": words[3:]}, {"text": empty})
+    shared = replace(recipe, samples=5)
+    assert shared.shares_prompts
+    assert shared.held_out() is shared
+    assert not Recipe().shares_prompts
+    assert Recipe().held_out() == Recipe()
 
 
 def test_a_change_of_none_keeps_the_preset() -> None:

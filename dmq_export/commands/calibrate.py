@@ -164,7 +164,12 @@ class Job:
             device=limits.device,
             sample_size=self.recipe.sample_size,
         )
-        return self.recipe if embeddings is None else replace(self.recipe, embeddings=embeddings)
+        recipe = self.recipe if embeddings is None else replace(self.recipe, embeddings=embeddings)
+        if recipe.shares_prompts and not Rank.of(os.environ).index:
+            progress.tell(
+                f"no more prompts than the {recipe.samples} samples: the check draws them again, from other noise"
+            )
+        return recipe
 
 
 def calibrate_model(job: Job) -> Calibration | None:
