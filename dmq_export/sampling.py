@@ -86,6 +86,7 @@ def sample(
             callback(Evaluation(index, t, model_input, inputs, prediction))
         if guidance:
             prediction = guidance.combine(prediction)
-        prediction = prediction[:, : x.shape[1]]
+        if prediction.shape[1] != x.shape[1]:  # slicing a tensor takes as long as a small step
+            prediction = prediction[:, : x.shape[1]]
         x = scheduler.step(prediction, t, x, **(step_options or {})).prev_sample
     return x
