@@ -2,7 +2,7 @@
 # Builds, runs and judges TensorRT engines on a machine with an NVIDIA GPU: the int8 engine of a checkpoint against the
 # portable graph in ONNX Runtime (numbers) and against a float16 engine of the same graph (speed).
 #
-#   pip install 'dmq-export[tensorrt]'
+#   pip install 'dmq-export[calibrate,tensorrt]'
 #   scripts/verify_tensorrt.sh CHECKPOINT [FOLDER] [BATCH]
 #
 # FOLDER keeps graphs, plans and the timing cache (default: a temporary one); BATCH is that of both engines (default 2,

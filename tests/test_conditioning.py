@@ -58,11 +58,11 @@ def test_text_for_a_model_without_is_refused_and_the_other_way_round() -> None:
 def test_made_up_numbers_have_the_shapes_and_types_of_what_is_told(kind: str) -> None:
     network = NETWORKS[kind]()
     class_name, config = type(network).__name__, dict(network.config)
-    needed = [argument for argument in arguments(class_name, config) if not argument.optional]
-    sizes = {argument.name: tuple(9 if size is None else size for size in argument.shape) for argument in needed}
+    takes = arguments(class_name, config)
+    sizes = {argument.name: tuple(9 if size is None else size for size in argument.shape) for argument in takes}
     given = made_up(class_name, config, {name: ("batch", *shape) for name, shape in sizes.items()}, 3)
     assert {name: value.shape for name, value in given.items()} == {name: (3, *shape) for name, shape in sizes.items()}
-    for argument in needed:
+    for argument in takes:
         assert given[argument.name].dtype == (np.int64 if argument.integer else np.float32)
         assert argument.integer or given[argument.name].std() > 0
 
