@@ -88,11 +88,16 @@ TABLES = {"climbing": LADDER, "changed": VARIATIONS}
 
 @dataclass(frozen=True)
 class Task:
-    """All recipes of some tables at one bit width and seed."""
+    """All recipes of some tables at one bit width and seed; of ``rows`` those whose names contain one of them."""
 
     bits: Bits
     seed: int
     tables: tuple[str, ...]
+    rows: tuple[str, ...]
+
+    def recipes(self, title: str) -> dict[str, Recipe]:
+        """Those of one table."""
+        return {name: recipe for name, recipe in TABLES[title].items() if any(row in name for row in self.rows)}
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def scores_of(task: Task) -> dict[str, Score]:
     torch.set_num_threads(1)
     source = load_model(BUNDLED / "digits", torch.device("cpu"))
     calib.fit.fit_les = remembering(calib.fit.fit_les)
-    recipes = {name: recipe for table in task.tables for name, recipe in TABLES[table].items()}
+    recipes = {name: recipe for title in task.tables for name, recipe in task.recipes(title).items()}
     scores = {}
     for name, recipe in recipes.items():
         scores[name] = score(source, replace(recipe, bits=task.bits, seed=task.seed))
@@ -166,16 +171,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bits", nargs="+", default=["w4a8", "w4a6"])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose names contain one of these")
     parser.add_argument("--only", choices=list(TABLES), help="one of the two tables")
     options = parser.parse_args()
     tables = tuple(TABLES) if options.only is None else (options.only,)
-    tasks = [Task(Bits.parse(bits), seed, tables) for bits in options.bits for seed in range(options.seeds)]
+    rows = tuple(options.rows)
+    tasks = [Task(Bits.parse(bits), seed, tables, rows) for bits in options.bits for seed in range(options.seeds)]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         results = pool.imap(scores_of, tasks)
         for bits in options.bits:
             of_seeds = [next(results) for _ in range(options.seeds)]
             for title in tables:
-                show(f"{bits}, {title}", {name: [scores[name] for scores in of_seeds] for name in TABLES[title]})
+                names = Task(Bits.parse(bits), 0, tables, rows).recipes(title)
+                show(f"{bits}, {title}", {name: [scores[name] for scores in of_seeds] for name in names})
 
 
 if __name__ == "__main__":
