@@ -11,6 +11,7 @@ from dmq_export.arguments import arguments
 from dmq_export.bundled import model_folder
 from dmq_export.commands.engine import Execution, open_engine
 from dmq_export.errors import DmqError
+from dmq_export.extras import require
 from dmq_export.facts import Facts
 from dmq_export.mismatch import mismatches
 from dmq_export.schedulers import build_scheduler
@@ -29,8 +30,9 @@ def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | 
         execution: how to run it; None takes what the file was exported for.
 
     Raises:
-        DmqError: either does not load, or the engine was made from another model.
+        DmqError: either does not load, the engine was made from another model, or PyTorch or diffusers is missing.
     """
+    require("load_pipeline", "torch", "diffusers")
     from calib.model import read_config
     from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name
 
