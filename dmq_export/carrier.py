@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.errors import ExportError
+from dmq_export.half import held
 from dmq_export.layer import Float, LayerSpec, QuantizedLayer
+from dmq_export.target import FloatType
 
 LARGEST = 127  # TensorRT's int8 kernels and oneDNN's both take -127..127
 
@@ -34,8 +36,8 @@ class Carrier:
         return np.asarray(totals * self.scale.astype(np.float64))
 
 
-def part_carrier(layer: QuantizedLayer, part: int) -> Carrier:
-    """The carrier of ``layer``'s ``part``.
+def part_carrier(layer: QuantizedLayer, part: int, dtype: FloatType = "float32") -> Carrier:
+    """The carrier of ``layer``'s ``part``, its scale as a graph of ``dtype`` holds it.
 
     Raises:
         ExportError: ``(2^nw - 1) * 2^(K - k)`` can exceed 127; the layer is named.
@@ -52,7 +54,7 @@ def part_carrier(layer: QuantizedLayer, part: int) -> Carrier:
     codes = (centred * _columns(spec, np.left_shift(1, lift.astype(np.int16)), centred.ndim)).astype(np.int8)
     scale = np.ldexp(layer.weight_scale[part], -int(layer.shift[channels].max())).astype(np.float32)
     dead = ~codes.reshape(len(codes), -1).any(1)
-    return Carrier(np.ascontiguousarray(codes), np.where(dead, np.float32(1), scale))
+    return Carrier(np.ascontiguousarray(codes), held(np.where(dead, np.float32(1), scale), dtype))
 
 
 def _require_int8(spec: LayerSpec, lift: int) -> None:

@@ -28,13 +28,22 @@ def cut_graph(model: ir.Model, forms: Forms) -> None:
 
     Each quantizer of a layer gains the graph inputs ``<layer>/given_input`` and ``<layer>/given_codes``, which it and
     the layer's operator now read, and the graph outputs ``<layer>/input`` and ``<layer>/codes``, all with its
-    suffix; each layer gains the graph output ``<layer>/output``.
+    suffix; each layer gains the graph input ``<layer>/given_output``, which the network behind it now reads (a norm
+    there may magnify what the layer rounded), and the graph output ``<layer>/output``.
     """
     values = ir.convenience.create_value_mapping(model.graph)
     for name, form in forms.items():
         for suffix in form.suffixes:
             _cut_quantizer(model.graph, name, suffix, values[f"{name}/{CODES}{suffix}"], form)
-        model.graph.outputs.append(values[f"{name}/{OUTPUT}"])
+        _cut_output(model.graph, name, values[f"{name}/{OUTPUT}"])
+
+
+def _cut_output(graph: ir.Graph, name: str, output: ir.Value) -> None:
+    given = ir.Value(name=f"{name}/given_output", type=output.type, shape=output.shape)
+    for node, at in list(output.uses()):
+        node.replace_input_with(at, given)
+    graph.inputs.append(given)
+    graph.outputs.append(output)
 
 
 def _cut_quantizer(graph: ir.Graph, name: str, suffix: str, codes: ir.Value, form: LayerForm) -> None:
@@ -59,6 +68,7 @@ def cut_inputs(forms: Forms, reference: Mapping[str, LayerValues], row: int) -> 
     for name, values in reference.items():
         for suffix, part in forms[name].given(values, row).items():
             inputs |= {f"{name}/given_input{suffix}": part.input, f"{name}/given_codes{suffix}": part.codes}
+        inputs[f"{name}/given_output"] = forms[name].expected(values, row).output
     return inputs
 
 

@@ -64,7 +64,7 @@ def export_graph(
     if target == "portable":
         forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
     else:
-        forms = _lower_folded(model, checkpoint, target)
+        forms = _lower_folded(model, checkpoint, target, dtype)
     if dtype == "float16":
         to_float16(model)
     common.RemoveUnusedNodesPass()(model)
@@ -75,9 +75,9 @@ def export_graph(
     return ExportedGraph(model, forms, target, dtype, batch)
 
 
-def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target) -> dict[str, LayerForm]:
+def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target, dtype: FloatType) -> dict[str, LayerForm]:
     folding = fold_factors(model, checkpoint.layers)
-    forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target))
+    forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target, dtype))
     return {
         name: replace(
             form,

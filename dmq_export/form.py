@@ -42,7 +42,8 @@ class LayerForm:
         zero_point: ``q_x`` of zero, ``[T, P]``.
         offset: ``q_x - code``, ``[T, P]``.
         shift: steps added before rounding, ``[T, P]``.
-        cancelled: largest magnitude of what the bias takes out again because of the shift, ``[T]``.
+        cancelled: largest magnitude of what the shift adds to the layer's products, ``[T]``.
+        left: largest magnitude of what of that is still there behind the operator, ``[T]``.
         padding: what the quantizer adds on every side of its input, one number per spatial axis, or none.
         input_factor: ``[C]``; the graph computes the layer's input times this. None: times one.
         output_factor: ``[O]``, likewise of its output.
@@ -56,6 +57,7 @@ class LayerForm:
     offset: NDArray[np.int32]
     shift: NDArray[np.int32]
     cancelled: NDArray[np.float64]
+    left: NDArray[np.float64]
     padding: tuple[int, ...] = ()
     input_factor: Float | None = None
     output_factor: Float | None = None
@@ -103,6 +105,10 @@ class LayerForm:
         """The current :attr:`cancelled`."""
         return float(self.cancelled[min(row, len(self.cancelled) - 1)])
 
+    def left_at(self, row: int) -> float:
+        """The current :attr:`left`."""
+        return float(self.left[min(row, len(self.left) - 1)])
+
     def _channels(self, table: NDArray[np.int32], row: int) -> NDArray[np.int32]:
         return np.repeat(table[min(row, len(table) - 1)], self.spec.parts)
 
@@ -111,7 +117,7 @@ def plain_form(layer: QuantizedLayer) -> LayerForm:
     """One quantizer whose codes are ``q_x`` itself."""
     zero_point = layer.zero_point.astype(np.int32)
     none = np.zeros_like(zero_point)
-    return LayerForm(layer.spec, ("",), np.uint8, zero_point, none, none, np.zeros(1))
+    return LayerForm(layer.spec, ("",), np.uint8, zero_point, none, none, np.zeros(1), np.zeros(1))
 
 
 def along(values: NDArray[Number], rank: int, axis: int) -> NDArray[Number]:

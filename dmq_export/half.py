@@ -6,12 +6,15 @@ float32 up to the first matrix product: in float16 the angles would be off by te
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from dmq_export.errors import ExportError
+from dmq_export.layer import Float
+from dmq_export.target import FloatType
 
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 LARGEST = float(np.finfo(np.float16).max)
@@ -19,6 +22,12 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 STOPS = ("Gemm", "MatMul", "Conv", "Gather")  # where float16 begins
 KEPT_INPUTS = {"Resize": (1, 2)}  # region and scales are float32 by definition
 TYPED = {"Cast": "to", "RandomNormalLike": "dtype", "EyeLike": "dtype"}
+
+
+def held(values: NDArray[Any], dtype: FloatType) -> Float:
+    """``values`` as a graph of ``dtype`` holds them: what a lowering computes from them then agrees with the graph."""
+    with np.errstate(over="ignore"):  # to_float16 refuses it by name
+        return values.astype(dtype).astype(np.float32)
 
 
 def to_float16(model: ir.Model) -> None:

@@ -3,16 +3,17 @@
 A layer becomes, without what does not apply to it::
 
     x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) -- Conv - Mul(gain) - Add(bias)
-                                                      W (INT8) - DQ(s_w * 2^-K) -/
+                                                      W (INT8) - DQ(s_w * 2^-K) -/ product_bias -/
 
 ``Mul(factor)`` is there where the LES and PTS factors could not be folded; ``Mul(ratio)``, ``Mul(gain)`` and an ``Add``
 of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)`` where 8-bit codes are asymmetric and the
-kernel's zero point is fixed; ``Clip`` where the codes take fewer than 8 bits. The parts of a split layer are
-quantized apart and their products added. See ``docs/lowerings.md``.
+kernel's zero point is fixed, and then ``product_bias`` takes most of the shift out again; ``Clip`` where the codes take
+fewer than 8 bits. The parts of a split layer are quantized apart and their products added. See ``docs/lowerings.md``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,35 +22,49 @@ from numpy.typing import NDArray
 
 from dmq_export.builder import NodeBuilder, conv_attributes
 from dmq_export.carrier import Carrier, part_carrier
+from dmq_export.correction import Correction, correction
 from dmq_export.encoding import Encoding, part_encoding
 from dmq_export.form import LayerForm
-from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.layer import Float, LayerSpec, QuantizedLayer
 from dmq_export.lowering import CODES, OUTPUT, LowerLayer, channel_axis
 from dmq_export.steps import StepTables
-from dmq_export.target import Target
+from dmq_export.target import FloatType, Target
 
 SCALED, STEPPED = "scaled", "stepped"  # the Mul of the LES and PTS factors, and that of the step's scale
 
 
-def lower_integer(target: Target) -> LowerLayer:
-    """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`."""
+def lower_integer(target: Target, dtype: FloatType = "float32") -> LowerLayer:
+    """The lowering for ``target``, see :data:`dmq_export.lowering.LowerLayer`.
+
+    Args:
+        dtype: that the graph will be typed; the constants are chosen for it, still in float32.
+    """
 
     def lower_layer(
         builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, tables: StepTables
     ) -> tuple[ir.Value, LayerForm]:
         parts = range(len(layer.spec.parts))
-        carriers = [part_carrier(layer, part) for part in parts]
-        encodings = [part_encoding(layer, part, target) for part in parts]
-        corrections = _corrections(encodings, carriers)
-        form = _form(layer, encodings, corrections)
+        carriers = [part_carrier(layer, part, dtype) for part in parts]
+        encodings = [part_encoding(layer, part, target, dtype) for part in parts]
+        bias = correction(layer, encodings, carriers, dtype)
+        form = _form(layer, encodings, bias)
         steps = _Steps(builder, tables)
         inputs = _part_inputs(builder, layer.spec, x)
-        products = [
-            _product(steps, form, *part) for part in zip(form.suffixes, inputs, encodings, carriers, strict=True)
-        ]
-        return _sum(steps, layer, products, _bias(layer, corrections)), form
+        pieces = map(_Part, form.suffixes, encodings, carriers, bias.inner)
+        products = [_product(steps, form, part, given) for part, given in zip(pieces, inputs, strict=True)]
+        return _sum(steps, layer, products, bias.outer), form
 
     return lower_layer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part's numbers; ``suffix`` ends the names of its nodes, ``bias [O]`` is added to its product."""
+
+    suffix: str
+    encoding: Encoding
+    carrier: Carrier
+    bias: Float | None
 
 
 class _Steps:
@@ -66,7 +81,7 @@ class _Steps:
         return self.tables.value(f"{self.builder.prefix}/{name}", table.reshape(len(table), -1, *table.shape[2:]))
 
 
-def _form(layer: QuantizedLayer, encodings: list[Encoding], corrections: NDArray[np.float64]) -> LayerForm:
+def _form(layer: QuantizedLayer, encodings: list[Encoding], bias: Correction) -> LayerForm:
     spec = layer.spec
     rows = len(layer.scale)
     shift = np.stack([np.broadcast_to(part.shift, rows) for part in encodings], axis=1)
@@ -77,7 +92,8 @@ def _form(layer: QuantizedLayer, encodings: list[Encoding], corrections: NDArray
         zero_point=layer.zero_point.astype(np.int32),
         offset=np.stack([np.broadcast_to(part.offset, rows) for part in encodings], axis=1),
         shift=shift,
-        cancelled=np.abs(corrections).max(axis=1),
+        cancelled=bias.added,
+        left=bias.left,
         padding=spec.padding if shift.any() and any(spec.padding) else (),
     )
 
@@ -108,24 +124,23 @@ def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.
     return slices
 
 
-def _product(
-    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, carrier: Carrier
-) -> ir.Value:
-    """One part's operator on its rounded input, in the units of the layer's output, without bias."""
-    builder, spec = steps.builder, form.spec
-    rounded = _rounded(steps, form, suffix, x, encoding)
+def _product(steps: _Steps, form: LayerForm, part: _Part, x: ir.Value) -> ir.Value:
+    """One part's operator on its rounded input, in the units of the layer's output."""
+    builder, spec, suffix, gain = steps.builder, form.spec, part.suffix, part.encoding.gain
+    rounded = _rounded(steps, form, suffix, x, part.encoding)
     linear = spec.kind == "linear"
-    codes = builder.constant(f"weight_codes{suffix}", carrier.codes.T if linear else carrier.codes)
-    scale = builder.constant(f"weight_scale{suffix}", carrier.scale)
+    codes = builder.constant(f"weight_codes{suffix}", part.carrier.codes.T if linear else part.carrier.codes)
+    scale = builder.constant(f"weight_scale{suffix}", part.carrier.scale)
     weight = builder.op("DequantizeLinear", [codes, scale], {"axis": int(linear)}, name=f"weight{suffix}")
     if linear:
         product = builder.op("MatMul", [rounded, weight], name=f"product{suffix}")
     else:
         padding = (0,) * len(spec.padding) if form.padding else spec.padding
-        product = builder.op("Conv", [rounded, weight], conv_attributes(spec, padding), name=f"product{suffix}")
-    if (encoding.gain == 1).all():
+        bias = [] if part.bias is None else [builder.constant(f"product_bias{suffix}", part.bias)]
+        product = builder.op("Conv", [rounded, weight, *bias], conv_attributes(spec, padding), name=f"product{suffix}")
+    if (gain == 1).all():
         return product
-    return builder.op("Mul", [product, steps.value(f"gain{suffix}", encoding.gain)], name=f"gained{suffix}")
+    return builder.op("Mul", [product, steps.value(f"gain{suffix}", gain)], name=f"gained{suffix}")
 
 
 def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:
@@ -180,32 +195,9 @@ def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:
     return rows[:, 0] if rows.shape[1] == 1 else rows.reshape(*rows.shape, *[1] * len(spec.kernel))
 
 
-def _corrections(encodings: list[Encoding], carriers: list[Carrier]) -> NDArray[np.float64]:
-    """``sum_p s_t * shift_t * sum(w)``, what the shifts add to the products, ``[T, O]``."""
-    total = np.zeros((1, len(carriers[0].scale)))
-    for encoding, carrier in zip(encodings, carriers, strict=True):
-        steps = encoding.step_scale.astype(np.float64) * encoding.shift
-        total = total + steps[:, None] * carrier.sums()
-    return total
-
-
-def _bias(layer: QuantizedLayer, corrections: NDArray[np.float64]) -> NDArray[np.float32] | None:
-    """``b`` without the corrections, ``[T, O]``; None where that is nothing."""
-    if layer.bias is None and not corrections.any():
-        return None
-    bias = 0 if layer.bias is None else layer.bias.astype(np.float64)
-    return np.asarray(bias - corrections, np.float32)
-
-
 def _sum(steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None) -> ir.Value:
     """The parts' products and the bias, the last node called ``<layer>/output``."""
     builder, total = steps.builder, products[-1]
-    producer = total.producer()
-    if bias is not None and len(bias) == 1 and producer is not None and producer.op_type == "Conv":
-        conv_bias = builder.constant("bias", bias[0])
-        producer.resize_inputs(3)
-        producer.replace_input_with(2, conv_bias)
-        bias = None
     for product in products[:-1]:
         total = builder.op("Add", [product, total], name="sum")
     if bias is not None:

@@ -127,6 +127,7 @@ def marked_model(spec: LayerSpec, x: np.ndarray) -> ir.Model:
     node = ir.node("Layer", [sample], {"layer": spec.name}, domain="dmq", num_outputs=1)
     node.outputs[0].name = "marked"
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = ir.Shape([None] * x.ndim)
     out = ir.node("Identity", [node.outputs[0]], num_outputs=1)
     out.outputs[0].name = "out_sample"
     out.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)

@@ -35,7 +35,8 @@ def test_each_piece_of_a_layer_follows_from_what_it_is_given(name: str) -> None:
     layer = random_layer(SPECS[name])
     x, given, other = (random_input(layer.spec, seed=seed) for seed in (1, 2, 3))
     codes = quantize_input(layer, other)
-    values = cut_layer(layer, x, LayerValues(given, codes.astype(np.uint8), np.empty(0, np.float32)))
+    random_output = np.ones(layer_output(layer, x).shape, np.float32)  # nobody behind the layer is asked
+    values = cut_layer(layer, x, LayerValues(given, codes.astype(np.uint8), random_output))
     assert np.array_equal(values.input, x)
     # float32 division may fall on the other side of a tie
     assert (values.codes != quantize_input(layer, given)).mean() < 0.01
@@ -63,6 +64,7 @@ def inputs(tiny_checkpoint: Checkpoint) -> Arrays:
         shape = given_shape(layer)
         given[f"{layer.spec.name}/given_input"] = rng.standard_normal(shape, np.float32)
         given[f"{layer.spec.name}/given_codes"] = rng.integers(0, 256, shape, np.uint8)
+        given[f"{layer.spec.name}/given_output"] = rng.standard_normal(output_shape(layer, shape), np.float32)
     return {"sample": probe.sample[0], "timestep": probe.timesteps[0], **probe.conditioning, **given}
 
 
@@ -71,6 +73,13 @@ def given_shape(layer: QuantizedLayer) -> tuple[int, ...]:
     spec = layer.spec
     size = 8 if spec.name.startswith(("down_blocks.0", "up_blocks.1", "up_blocks.0.upsamplers")) else 4
     return (2, size * size, spec.in_channels) if spec.kind == "linear" else (2, spec.in_channels, size, size)
+
+
+def output_shape(layer: QuantizedLayer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    spec = layer.spec
+    if spec.kind == "linear":
+        return (*shape[:-1], spec.out_channels)
+    return (shape[0], spec.out_channels, *(size // stride for size, stride in zip(shape[2:], spec.stride, strict=True)))
 
 
 def changed_outputs(pieces: OnnxSession, inputs: Arrays, name: str, value: np.ndarray) -> set[str]:
@@ -94,14 +103,18 @@ def test_a_given_input_reaches_that_layers_codes_alone(pieces: OnnxSession, inpu
 
 
 @pytest.mark.parametrize("name", SOME_LAYERS)
-def test_given_codes_reach_that_layers_output_and_the_inputs_of_the_next(
+def test_given_codes_reach_that_layers_output_alone(pieces: OnnxSession, inputs: Arrays, name: str) -> None:
+    changed = changed_outputs(pieces, inputs, f"{name}/given_codes", 255 - inputs[f"{name}/given_codes"])
+    assert changed == {f"{name}/output"}
+
+
+@pytest.mark.parametrize("name", SOME_LAYERS)
+def test_a_given_output_reaches_the_inputs_of_the_next_layers_alone(
     pieces: OnnxSession, inputs: Arrays, name: str
 ) -> None:
-    changed = changed_outputs(pieces, inputs, f"{name}/given_codes", 255 - inputs[f"{name}/given_codes"])
-    assert f"{name}/output" in changed
-    beyond = changed - {f"{name}/output"}
-    assert beyond
-    assert all(output.endswith("/input") or output == "out_sample" for output in beyond)
+    changed = changed_outputs(pieces, inputs, f"{name}/given_output", -inputs[f"{name}/given_output"])
+    assert changed
+    assert all(output.endswith("/input") or output == "out_sample" for output in changed)
 
 
 def test_the_sample_reaches_only_what_lies_before_the_first_layers(pieces: OnnxSession, inputs: Arrays) -> None:
@@ -123,6 +136,7 @@ def test_a_cut_network_given_its_own_values_is_the_network(
         x = outputs[f"{name}/input"]
         given[f"{name}/given_input"] = x
         given[f"{name}/given_codes"] = pieces.run(given)[f"{name}/codes"]
+        given[f"{name}/given_output"] = pieces.run(given)[f"{name}/output"]
         outputs = pieces.run(given)
     # ONNX Runtime fuses other nodes where the graph is cut: last bits differ, and may flip a code on the way
     assert rms_ratio(outputs["out_sample"] - expected, expected) < 0.05
@@ -137,7 +151,7 @@ def test_cutting_leaves_the_values_that_are_compared(tiny_onnx: Path, tiny_check
         "sample",
         "timestep",
         "class_labels",
-        *(f"{name}/{what}" for name in names for what in ("given_input", "given_codes")),
+        *(f"{name}/{what}" for name in names for what in ("given_input", "given_codes", "given_output")),
     }
     assert {value.name for value in model.graph.outputs} == {
         "out_sample",
@@ -149,5 +163,9 @@ def test_reference_values_become_the_inputs_of_the_cut() -> None:
     layer = random_layer(linear(name="a.b"))
     values = LayerValues(*(np.full((1, 1, 8), i) for i in range(3)))
     given = cut_inputs({"a.b": plain_form(layer)}, {"a.b": values}, 0)
-    assert {name: int(value.flat[0]) for name, value in given.items()} == {"a.b/given_input": 0, "a.b/given_codes": 1}
+    assert {name.removeprefix("a.b/given_"): int(value.flat[0]) for name, value in given.items()} == {
+        "input": 0,
+        "codes": 1,
+        "output": 2,
+    }
     assert given["a.b/given_codes"].dtype == np.uint8

@@ -46,7 +46,7 @@ def test_codes_are_the_layers_codes_less_the_offset(spec: LayerSpec, target: Tar
             assert (differ != 0).mean() < 0.01
             gain, shift = float(row_of(encoding.gain, row)), float(row_of(encoding.shift, row))
             given = float(encoding.scale) * (codes - differ - encoding.zero_point)
-            value = gain * given - float(row_of(encoding.step_scale, row)) * shift
+            value = gain * (given - float(encoding.scale) * shift)
             steps_ = along(2.0 ** -layer.shift[channels].astype(float), x.ndim, spec.channel_axis)
             np.testing.assert_allclose(value * steps_, rounded[at], rtol=1e-6, atol=1e-4 * np.abs(rounded).max())
 
@@ -78,6 +78,18 @@ def test_eight_asymmetric_bits_are_shifted_where_the_kernel_has_no_zero_point_fo
     assert part_encoding(static, 0, "tensorrt").shift.tolist() == [int(static.zero_point[0, 0]) - 128]
     assert not part_encoding(static, 0, "openvino").shift.any()
     assert part_encoding(varying, 0, "openvino").shift.any()
+
+
+def test_a_scale_by_step_becomes_a_power_of_two_and_a_static_one_stays() -> None:
+    static, varying = random_layer(linear()), random_layer(linear(), steps=3)
+    varying.scale[:, 0] = 0.3, 0.25, 0.7
+    assert part_encoding(static, 0, "tensorrt").scale == static.scale[0, 0]
+    assert part_encoding(varying, 0, "tensorrt").scale == 1.0
+    varying.scale[:, 0] = 0.3, 0.25, 0.5
+    encoding = part_encoding(varying, 0, "tensorrt")
+    assert encoding.scale == 0.5
+    np.testing.assert_allclose(encoding.gain, [0.6, 0.5, 1.0], rtol=1e-7)
+    np.testing.assert_allclose(encoding.ratio * encoding.gain, 1, rtol=1e-6)
 
 
 def test_what_does_not_vary_has_one_row_and_one_factor() -> None:

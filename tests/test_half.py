@@ -60,9 +60,18 @@ def test_a_scale_that_float16_cannot_hold_is_refused_by_name() -> None:
 
 def test_a_constant_beyond_float16_is_refused_by_name() -> None:
     model = lowered(1e-2)
-    bias = model.graph.initializers["a.conv/bias"]
+    bias = model.graph.initializers["a.conv/product_bias"]
     bias.const_value = ir.tensor(np.full(6, 1e6, np.float32), name=bias.name)
-    with pytest.raises(ExportError, match=r"^a\.conv/bias has a value beyond float16's 65504"):
+    with pytest.raises(ExportError, match=r"^a\.conv/product_bias has a value beyond float16's 65504"):
+        to_float16(model)
+
+
+def test_what_overflows_on_the_way_is_refused_by_name_too() -> None:
+    layer = random_layer(conv2d(name="a.conv"), steps=3)
+    layer = replace(layer, weight_scale=np.full_like(layer.weight_scale, 1e5))
+    model = marked_model(layer.spec, random_input(layer.spec))
+    lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt", "float16"))
+    with pytest.raises(ExportError, match="has a value beyond float16's 65504"):
         to_float16(model)
 
 

@@ -193,6 +193,39 @@ def test_a_lowered_graph_is_the_reference(lowered: ExportedGraph, tiny_checkpoin
     assert result.largest_error <= TOLERANCE
 
 
+@pytest.fixture(scope="module", params=[3, 1], ids=["by step", "static"])
+def half(request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint) -> tuple[ExportedGraph, Checkpoint]:
+    """In float16, asymmetric: where the shift adds several times what the layer says."""
+    rows = slice(request.param)
+    layers = [
+        replace(each, scale=each.scale[rows], zero_point=each.zero_point[rows]) for each in tiny_checkpoint.layers
+    ]
+    checkpoint = replace(tiny_checkpoint, layers=tuple(layers))
+    return export_graph(checkpoint, "tensorrt", "float16"), checkpoint
+
+
+def test_a_float16_graph_is_the_reference_but_for_its_roundings(half: tuple[ExportedGraph, Checkpoint]) -> None:
+    result = verify(*half, Progress(show=False))
+    assert all(check.wrong_codes == 0 for check in result.checks)
+    assert TOLERANCE < result.largest_error <= 7 * 2.0**-11
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [("weight_scale", at(0, lambda scale: scale * 1.02)), ("product_bias", at(0, lambda bias: bias * 1.02))],
+)
+def test_a_wrong_number_in_a_float16_graph_is_found(
+    half: tuple[ExportedGraph, Checkpoint], name: str, edit: Callable[[np.ndarray], None]
+) -> None:
+    graph, checkpoint = half
+    layer = "down_blocks.0.resnets.0.conv2"
+    model = graph.model.clone()
+    largest = np.abs(model.graph.initializers[f"{layer}/{name}/float16"].const_value.numpy()).argmax()
+    change(model, f"{layer}/{name}/float16", lambda array: edit(array[largest:]))
+    with pytest.raises(CheckFailedError, match=f"^layer {layer}: output differs by"):
+        verify(replace(graph, model=model), checkpoint, Progress(show=False))
+
+
 @pytest.mark.parametrize(
     ("layer", "name", "edit"),
     [
