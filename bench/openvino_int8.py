@@ -176,16 +176,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=60, help="per size and batch")
     arguments = parser.parse_args()
-    rows: list[tuple[str, ...]] = []
+    header = ("latents", "batch", "engine", "ms", "times ONNX Runtime", "share of int8")
     with tempfile.TemporaryDirectory() as name:
         save_model(Path(name))
         checkpoint = checkpoint_of(Path(name))
         for size in arguments.sizes:
             models = models_at(Path(name), checkpoint, size)
             for batch in arguments.batches:
-                rows += measure(models, size, batch, arguments.seconds)
-    header = ("latents", "batch", "engine", "ms", "times ONNX Runtime", "share of int8")
-    print(table(header, rows, right=(1, 3, 4, 5)))
+                rows = measure(models, size, batch, arguments.seconds)
+                print(table(header, rows, right=(1, 3, 4, 5)), "", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

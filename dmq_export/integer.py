@@ -14,7 +14,6 @@ fewer than 8 bits. The parts of a split layer are quantized apart and their prod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,11 +47,11 @@ def lower_integer(target: Target, dtype: FloatType = "float32") -> LowerLayer:
         encodings = [part_encoding(layer, part, target, dtype) for part in parts]
         bias = correction(layer, encodings, carriers, dtype)
         form = _form(layer, encodings, bias)
-        steps = _Steps(builder, tables)
+        steps = _Steps(builder, tables, layer.spec)
         inputs = _part_inputs(builder, layer.spec, x)
         pieces = map(_Part, form.suffixes, encodings, carriers, bias.inner)
         products = [_product(steps, form, part, given) for part, given in zip(pieces, inputs, strict=True)]
-        return _sum(steps, layer, products, bias.outer), form
+        return _sum(steps, products, bias.outer), form
 
     return lower_layer
 
@@ -70,15 +69,24 @@ class _Part:
 class _Steps:
     """Constants, and tables with a row per step, as values of the graph."""
 
-    def __init__(self, builder: NodeBuilder, tables: StepTables) -> None:
+    def __init__(self, builder: NodeBuilder, tables: StepTables, spec: LayerSpec) -> None:
         self.builder = builder
         self.tables = tables
+        self.spatial = (1,) * len(spec.kernel)
 
-    def value(self, name: str, table: NDArray[Any]) -> ir.Value:
-        """``table [T, ...]`` as its current row, a constant where there is one row; one number as ``[1]`` or scalar."""
-        if len(table) == 1:
-            return self.builder.constant(name, table[0])
-        return self.tables.value(f"{self.builder.prefix}/{name}", table.reshape(len(table), -1, *table.shape[2:]))
+    def value(self, name: str, table: Float) -> ir.Value:
+        """The current row of ``table``, ``[T, n]`` or ``[T]``; it broadcasts over the channels of the input or output.
+
+        Where it varies it has the rank of what it meets: OpenVINO keeps the channels last only then.
+        """
+        rows = table.reshape(len(table), -1)
+        if rows.size == 1:
+            return self.builder.constant(name, rows.reshape(()))
+        if self.spatial:
+            rows = rows.reshape(len(rows), 1, -1, *self.spatial)
+        if len(rows) == 1:
+            return self.builder.constant(name, rows[0])
+        return self.tables.value(f"{self.builder.prefix}/{name}", rows)
 
 
 def _form(layer: QuantizedLayer, encodings: list[Encoding], bias: Correction) -> LayerForm:
@@ -153,7 +161,7 @@ def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding:
     if early:
         x = _clipped(steps, form, suffix, x, encoding, 1 / encoding.factor.astype(np.float64))
     if (encoding.factor != 1).any():
-        factor = builder.constant(f"factor{suffix}", _over_channels(form.spec, encoding.factor[None])[0])
+        factor = steps.value(f"factor{suffix}", encoding.factor[None])
         x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
     if form.padding:
         sides = (0, 0, *form.padding)
@@ -179,10 +187,7 @@ def _clipped(
     assert encoding.bounds is not None
     builder = steps.builder
     ends = [(encoding.bounds[:, side, None] * (float(encoding.scale) * unit)).astype(np.float32) for side in range(2)]
-    low, high = (
-        steps.value(f"{name}{suffix}", _over_channels(form.spec, end))
-        for name, end in zip(("lowest", "highest"), ends, strict=True)
-    )
+    low, high = (steps.value(f"{name}{suffix}", end) for name, end in zip(("lowest", "highest"), ends, strict=True))
     if encoding.container is np.int8 and len(encoding.bounds) == 1:
         return builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
     # Clip takes scalars; these are rows of a table, or one per channel
@@ -190,17 +195,11 @@ def _clipped(
     return builder.op("Min", [raised, high], name=f"clipped{suffix}")
 
 
-def _over_channels(spec: LayerSpec, rows: NDArray[Any]) -> NDArray[Any]:
-    """``[T, C]`` so that a row broadcasts over the channels of the input or output; ``[T, 1]`` to ``[T]``."""
-    return rows[:, 0] if rows.shape[1] == 1 else rows.reshape(*rows.shape, *[1] * len(spec.kernel))
-
-
-def _sum(steps: _Steps, layer: QuantizedLayer, products: list[ir.Value], bias: NDArray[np.float32] | None) -> ir.Value:
+def _sum(steps: _Steps, products: list[ir.Value], bias: Float | None) -> ir.Value:
     """The parts' products and the bias, the last node called ``<layer>/output``."""
     builder, total = steps.builder, products[-1]
     for product in products[:-1]:
         total = builder.op("Add", [product, total], name="sum")
     if bias is not None:
-        added = steps.value("bias", _over_channels(layer.spec, bias))
-        total = builder.op("Add", [total, added], name="biased")
+        total = builder.op("Add", [total, steps.value("bias", bias)], name="biased")
     return builder.renamed(total, OUTPUT)

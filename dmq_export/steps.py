@@ -44,7 +44,7 @@ class StepTables:
         return self._row
 
     def value(self, name: str, table: NDArray[np.float32]) -> ir.Value:
-        """The current row of ``table [T, n, ...]``, of shape ``[n, ...]`` and called ``name``."""
+        """The current row of ``table``, which is ``[T, n]`` or ``[T, 1, n, 1, ...]``, called ``name``."""
         current = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(table.shape[1:]))
         self._pieces.setdefault(table.ndim, []).append((current, table))
         return current
@@ -52,12 +52,10 @@ class StepTables:
     def finish(self) -> None:
         """Put the nodes that compute all rows into the graph."""
         for rank, pieces in self._pieces.items():
-            build = self.builder
-            table = build.constant(f"table_{rank - 1}", np.concatenate([piece for _, piece in pieces], axis=1))
+            build, axis = self.builder, min(rank - 1, 2)
+            table = build.constant(f"table_{rank - 1}", np.concatenate([piece for _, piece in pieces], axis))
             row = build.op("Gather", [table, self.row], {"axis": 0}, name=f"row_{rank - 1}")
-            sizes = build.constant(f"sizes_{rank - 1}", np.array([piece.shape[1] for _, piece in pieces], np.int64))
-            name = f"{STEP}/split_{rank - 1}"
-            build.nodes.append(
-                ir.node("Split", [row, sizes], {"axis": 0}, outputs=[value for value, _ in pieces], name=name)
-            )
+            sizes = build.constant(f"sizes_{rank - 1}", np.array([piece.shape[axis] for _, piece in pieces], np.int64))
+            outputs, name = [value for value, _ in pieces], f"{STEP}/split_{rank - 1}"
+            build.nodes.append(ir.node("Split", [row, sizes], {"axis": axis - 1}, outputs=outputs, name=name))
         self.builder.graph.insert_before(self.builder.graph[0], self.builder.nodes)
