@@ -2,10 +2,11 @@
 
     python bench/openvino_int8.py                                # about 20 minutes on two cores
     python bench/openvino_int8.py --sizes 32 --batches 1 --seconds 2
+    python bench/openvino_int8.py --sizes 32 --batches 1 --seconds 20 --threads 1 --int8-only    # what steps cost
 
 The model is a UNet2DModel of random weights, 128, 256 and 256 channels wide; speed does not depend on the weights. The
 engines take turns, one evaluation each, so that another load on the machine meets all of them; the figures are
-medians over the turns.
+medians over the turns: of the times, and of each turn's ratio to the first engine and to ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -104,24 +104,24 @@ def float_onnx(folder: Path, checkpoint: Checkpoint) -> bytes:
     return serialized(trace_network(replace(checkpoint, layers=(), float_tensors=checkpoint.float_tensors | state)))
 
 
-def openvino_engine(model: bytes, precision: str, inputs: Inputs) -> Run:
-    """One evaluation in OpenVINO, the shapes fixed."""
+def openvino_engine(model: bytes, precision: str, inputs: Inputs, threads: int) -> Run:
+    """One evaluation in OpenVINO, the shapes fixed; 0 threads are as many as there are cores."""
     core = openvino.Core()
     network = core.read_model(io.BytesIO(model))
     network.reshape({"sample": list(inputs["sample"].shape)})
-    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(network, "CPU", config).create_infer_request()
     return lambda: request.infer(inputs)
 
 
-def onnxruntime_engine(model: bytes, inputs: Inputs) -> Run:
+def onnxruntime_engine(model: bytes, inputs: Inputs, threads: int) -> Run:
     """One evaluation in ONNX Runtime."""
-    session = OnnxSession(model)
+    session = OnnxSession(model, threads=threads or None)
     return lambda: session.run(inputs)
 
 
-def medians(engines: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Median seconds of each engine, taking turns for ``seconds`` after a warm-up."""
+def turns(engines: dict[str, Run], seconds: float) -> dict[str, NDArray[np.float64]]:
+    """Seconds that each engine took in each turn, taking turns for ``seconds`` after a warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in engines}
     for run in engines.values():
         run()
@@ -131,10 +131,10 @@ def medians(engines: dict[str, Run], seconds: float) -> dict[str, float]:
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in taken.items()}
+    return {name: np.array(times) for name, times in taken.items()}
 
 
-def models_at(folder: Path, checkpoint: Checkpoint, size: int) -> dict[str, bytes]:
+def models_at(folder: Path, checkpoint: Checkpoint, size: int, *, int8_only: bool) -> dict[str, bytes]:
     """The graphs of all engines for ``size x size`` latents."""
     config = dict(checkpoint.model.config) | {"sample_size": size}
     probe = checkpoint.probe
@@ -150,24 +150,27 @@ def models_at(folder: Path, checkpoint: Checkpoint, size: int) -> dict[str, byte
         "int8, scales and zero points by step": varied(sized, steps=True, asymmetric=True),
     }
     graphs = {name: serialized(export_graph(kind, "openvino").model) for name, kind in kinds.items()}
-    return graphs | {"float": float_onnx(folder, sized)}
+    return graphs if int8_only else graphs | {"float": float_onnx(folder, sized)}
 
 
-def measure(models: dict[str, bytes], size: int, batch: int, seconds: float) -> list[tuple[str, ...]]:
+def measure(models: dict[str, bytes], size: int, batch: int, seconds: float, threads: int) -> list[tuple[str, ...]]:
     """One row per engine: milliseconds, and how many times faster than ONNX Runtime's float32."""
     sample = np.random.default_rng(0).standard_normal((batch, 4, size, size), np.float32)
     inputs: Inputs = {"sample": sample, "timestep": np.array(500, np.float32)}
-    engines = {f"OpenVINO {name}": openvino_engine(models[name], "f32", inputs) for name in models if name != "float"}
-    engines["OpenVINO float32"] = openvino_engine(models["float"], "f32", inputs)
-    engines["OpenVINO bfloat16"] = openvino_engine(models["float"], "bf16", inputs)
+    int8 = [name for name in models if name != "float"]
+    engines = {f"OpenVINO {name}": openvino_engine(models[name], "f32", inputs, threads) for name in int8}
     base = "ONNX Runtime float32"
-    engines[base] = onnxruntime_engine(models["float"], inputs)
-    times = medians(engines, seconds)
-    static = times["OpenVINO int8"]
-    return [
-        (f"{size}x{size}", str(batch), name, f"{1e3 * t:.1f}", f"{times[base] / t:.2f}", f"{t / static:.3f}")
-        for name, t in times.items()
-    ]
+    if "float" in models:
+        engines["OpenVINO float32"] = openvino_engine(models["float"], "f32", inputs, threads)
+        engines["OpenVINO bfloat16"] = openvino_engine(models["float"], "bf16", inputs, threads)
+        engines[base] = onnxruntime_engine(models["float"], inputs, threads)
+    times = turns(engines, seconds)
+    rows = []
+    for name, each in times.items():
+        faster = f"{np.median(times[base] / each):.2f}" if base in times else ""
+        share = f"{np.median(each / times['OpenVINO int8']):.3f}"
+        rows.append((f"{size}x{size}", str(batch), name, f"{1e3 * np.median(each):.1f}", faster, share))
+    return rows
 
 
 def main() -> None:
@@ -175,15 +178,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=60, help="per size and batch")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
+    parser.add_argument("--int8-only", action="store_true", help="leave the float engines out")
     arguments = parser.parse_args()
     header = ("latents", "batch", "engine", "ms", "times ONNX Runtime", "share of int8")
     with tempfile.TemporaryDirectory() as name:
         save_model(Path(name))
         checkpoint = checkpoint_of(Path(name))
         for size in arguments.sizes:
-            models = models_at(Path(name), checkpoint, size)
+            models = models_at(Path(name), checkpoint, size, int8_only=arguments.int8_only)
             for batch in arguments.batches:
-                rows = measure(models, size, batch, arguments.seconds)
+                rows = measure(models, size, batch, arguments.seconds, arguments.threads)
                 print(table(header, rows, right=(1, 3, 4, 5)), "", sep="\n", flush=True)
 
 

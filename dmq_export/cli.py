@@ -154,6 +154,8 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices:
     from dmq_export.progress import Progress
 
     export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
+    for note in export.notes:
+        click.echo(note, err=True)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -92,6 +92,10 @@ class LayerForm:
         codes = np.concatenate([part.codes.astype(np.int16) for part in parts], axis)
         offset = along(self._channels(self.offset, row), codes.ndim, axis).astype(np.int16)
         return LayerValues(np.concatenate([part.input for part in parts], axis), codes + offset, output)
+
+    def zero_point_added(self) -> LayerForm:
+        """The form of a kernel that adds the zero point before it rounds: at the precision of that sum."""
+        return replace(self, shift=self.zero_point)
 
     def padded(self, values: NDArray[Number]) -> NDArray[Number]:
         """``values`` of the input's shape, zeros around them where the quantizer pads."""

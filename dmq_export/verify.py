@@ -117,15 +117,15 @@ def rms_ratio(difference: Array, reference: Array) -> float:
     return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference)), 1e-30))
 
 
-def require_equal(checks: Sequence[LayerCheck]) -> None:
-    """Raise what is wrong with the first layer that differs.
+def require_equal(checks: Sequence[LayerCheck], runtime: str) -> None:
+    """Raise what is wrong with the first layer that differs in ``runtime``.
 
     Raises:
-        CheckFailedError: naming the layer.
+        CheckFailedError: naming the layer and the runtime.
     """
     for check in checks:
         if check.failure:
-            raise CheckFailedError(check.failure)
+            raise CheckFailedError(f"{check.failure}, executed by {runtime}")
 
 
 def _within_rounding(

@@ -1,6 +1,6 @@
 """Verification passes on the graph that was exported, and on nothing that is a little different."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import pytest
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
+from dmq_export.cut import cut_graph
 from dmq_export.errors import CheckFailedError
-from dmq_export.export import ExportedGraph, export_graph
+from dmq_export.export import ExportedGraph, export_graph, serialized
 from dmq_export.form import plain_form
 from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, LayerCheck
@@ -183,6 +184,61 @@ def test_a_verification_adds_its_ties_and_keeps_its_largest_error() -> None:
 @pytest.fixture(scope="module", params=["tensorrt", "openvino"])
 def lowered(request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint) -> ExportedGraph:
     return export_graph(tiny_checkpoint, request.param)
+
+
+@pytest.fixture(scope="module")
+def for_openvino(tiny_checkpoint: Checkpoint) -> ExportedGraph:
+    pytest.importorskip("openvino")
+    return export_graph(tiny_checkpoint, "openvino")
+
+
+def test_a_graph_for_openvino_is_executed_by_it_too(for_openvino: ExportedGraph, tiny_checkpoint: Checkpoint) -> None:
+    result = verify(for_openvino, tiny_checkpoint, Progress(show=False))
+    steps = len(tiny_checkpoint.probe.timesteps)
+    assert len(result.checks) == 2 * steps * (len(tiny_checkpoint.layers) + 1)
+    assert [drift.runtime for drift in result.drift] == ["ONNX Runtime", "OpenVINO"] * steps
+    assert result.missing == ()
+
+
+@pytest.mark.parametrize("what", ["output", "codes", "input"])
+def test_what_only_openvino_computes_otherwise_is_found_and_the_layer_named(
+    for_openvino: ExportedGraph, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A fault of its kernels, played by a changed answer."""
+    from engines.openvino_session import OpenVinoSession
+
+    run = OpenVinoSession.run
+
+    def wrong(session: OpenVinoSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = run(session, inputs)
+        if f"{QUERY}/{what}" in outputs:
+            array = outputs[f"{QUERY}/{what}"]
+            array.flat[array.argmax()] -= 1
+        return outputs
+
+    monkeypatch.setattr(OpenVinoSession, "run", wrong)
+    with pytest.raises(CheckFailedError, match=rf"^layer {QUERY}: .*, executed by OpenVINO$"):
+        verify(for_openvino, tiny_checkpoint, Progress(show=False))
+
+
+def test_the_cut_graph_runs_on_openvinos_integer_kernels(for_openvino: ExportedGraph) -> None:
+    """What is verified is what runs."""
+    from engines.precision import INTEGERS, executed_precision
+
+    cut = for_openvino.model.clone()
+    cut_graph(cut, for_openvino.forms)
+    for name, kinds in executed_precision(serialized(cut), list(for_openvino.forms)).items():
+        assert len(kinds) == len(for_openvino.forms[name].suffixes), name
+        assert set(kinds) <= set(INTEGERS), name
+
+
+def test_without_openvino_it_is_said(
+    for_openvino: ExportedGraph, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmq_export.commands.verification.find_spec", lambda name: None)
+    result = verify(for_openvino, tiny_checkpoint, Progress(show=False))
+    assert result.missing == ("OpenVINO",)
+    assert {drift.runtime for drift in result.drift} == {"ONNX Runtime"}
 
 
 def test_a_lowered_graph_is_the_reference(lowered: ExportedGraph, tiny_checkpoint: Checkpoint) -> None:

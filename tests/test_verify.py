@@ -52,7 +52,7 @@ def test_equal_values_pass(spec: LayerSpec, steps: int, seed: int) -> None:
     check = check_layer(layer, plain_form(layer), steps - 1, reference, reference)
     assert check == LayerCheck(spec.name, ties=0, wrong_codes=0, input_error=0.0, output_error=0.0)
     assert check.failure is None
-    require_equal([check])
+    require_equal([check], "a runtime")
 
 
 @settings(max_examples=50, deadline=None)
@@ -183,9 +183,11 @@ def test_rms_ratio_is_of_root_mean_squares() -> None:
 def test_the_first_layer_that_differs_is_named() -> None:
     fine = LayerCheck("fine", 3, 0, TOLERANCE, TOLERANCE)
     bad, worse = replace(fine, name="bad", wrong_codes=2), replace(fine, name="worse", output_error=1.0)
-    require_equal([])
-    require_equal([fine, fine])
-    with pytest.raises(CheckFailedError, match="layer bad: 2 activation codes differ from the reference"):
-        require_equal([fine, bad, worse])
+    require_equal([], "a runtime")
+    require_equal([fine, fine], "a runtime")
+    with pytest.raises(
+        CheckFailedError, match="layer bad: 2 activation codes differ from the reference, executed by a runtime"
+    ):
+        require_equal([fine, bad, worse], "a runtime")
     with pytest.raises(CheckFailedError, match=r"layer worse: output differs by 1\.0e\+00 \(allowed 1e-05\)"):
-        require_equal([fine, worse, bad])
+        require_equal([fine, worse, bad], "a runtime")

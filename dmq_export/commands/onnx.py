@@ -36,6 +36,14 @@ class Export:
     findings: tuple[Finding, ...] | None
     verification: Verification | None
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the verification."""
+        missing = () if self.verification is None else self.verification.missing
+        return [
+            f"not executed by {runtime}, which is not installed: pip install {runtime.lower()}" for runtime in missing
+        ]
+
     def text(self) -> str:
         """Sizes, then what the verification found."""
         ratio = self.quantized_bytes / self.float32_bytes
@@ -97,13 +105,13 @@ def _scaled_lines(scaled: dict[str, str]) -> list[str]:
 
 def _verification_lines(verification: Verification) -> list[str]:
     rows = [
-        (f"{step.timestep:g}", f"{step.graph:.1e}", f"{step.perturbed:.1e}", f"{step.quantization:.1e}")
+        (f"{step.timestep:g}", step.runtime, f"{step.graph:.1e}", f"{step.perturbed:.1e}", f"{step.quantization:.1e}")
         for step in verification.drift
     ]
-    header = ("timestep", "graph to reference", "reference, perturbed", "reference to float")
+    header = ("timestep", "executed by", "graph to reference", "reference, perturbed", "reference to float")
     return [
         f"verified: {len(verification.checks)} comparisons with the reference on identical inputs, all codes equal "
         f"but for {verification.ties} at ties, largest relative error {verification.largest_error:.1e}",
         "",
-        table(header, rows, right=(0, 1, 2, 3)),
+        table(header, rows, right=(0, 2, 3, 4)),
     ]

@@ -7,8 +7,11 @@ would change it, or, where that happens to flip no code at all, as far as quanti
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +33,28 @@ from dmq_export.verify import (
 if TYPE_CHECKING:
     from calib.reference import ReferenceModel
     from dmq_export.export import ExportedGraph
-    from engines.ort import OnnxSession
 
 PRECISIONS = {"float32": FLOAT32, "float16": FLOAT16}
 PERTURBATION = {"float32": 1e-6, "float16": 1e-3}  # relative, of every layer's input
 PERTURBED_RUNS = 4
 DRIFT_FACTOR = 3.0  # how much further than the furthest of these runs the graph may be
+ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
+
+
+class Session(Protocol):
+    """A loaded graph."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs by name."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A graph in one runtime: as it is, and cut at every layer."""
+
+    runtime: str
+    whole: Session
+    pieces: Session
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class StepDrift:
     """End-to-end differences of one evaluation, as root mean squares relative to the prediction.
 
     Attributes:
-        graph: of the ONNX graph to the reference.
+        graph: of the ONNX graph to the reference, executed by ``runtime``.
         perturbed: of the reference to itself with every layer's input changed by 1e-6 (float16: 1e-3); the largest of
             several runs.
         quantization: of the reference to the float model.
@@ -53,14 +72,21 @@ class StepDrift:
     graph: float
     perturbed: float
     quantization: float
+    runtime: str = ONNX_RUNTIME
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how it came out; ``checks`` are layer by layer over all probed steps."""
+    """What was compared, and how it came out.
+
+    Attributes:
+        checks: layer by layer, over all probed steps, in all runtimes.
+        missing: runtimes that the graph is for and that are not installed.
+    """
 
     checks: tuple[LayerCheck, ...]
     drift: tuple[StepDrift, ...]
+    missing: tuple[str, ...] = ()
 
     @property
     def ties(self) -> int:
@@ -72,7 +98,9 @@ class Verification:
 
 
 def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> Verification:
-    """Prove ``graph`` equal to the reference on the checkpoint's probe.
+    """Prove ``graph`` equal to the reference on the checkpoint's probe, executed by ONNX Runtime.
+
+    A graph for OpenVINO is executed by OpenVINO too, where that is installed.
 
     Raises:
         CheckFailedError: it is not; the message names the first layer that differs.
@@ -80,33 +108,49 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
     import torch
 
     from calib.reference import load_reference
-    from dmq_export.cut import cut_graph
-    from dmq_export.export import loadable
-    from engines.ort import OnnxSession
 
     if graph.batch is not None and graph.batch.fixed is not None:
         checkpoint = replace(checkpoint, probe=checkpoint.probe.resized(graph.batch.fixed))
     reference = load_reference(checkpoint, torch.device("cpu"))
-    with loadable(graph.model) as loaded:
-        whole = OnnxSession(loaded)
-    cut = graph.model.clone()
-    cut_graph(cut, graph.forms)
-    with loadable(cut) as loaded:
-        pieces = OnnxSession(loaded)
+    wanted = (ONNX_RUNTIME, OPENVINO) if graph.target == "openvino" else (ONNX_RUNTIME,)
+    missing = tuple(runtime for runtime in wanted if runtime == OPENVINO and find_spec("openvino") is None)
+    executors = _executors(graph, [runtime for runtime in wanted if runtime not in missing])
     checks: list[LayerCheck] = []
     drift: list[StepDrift] = []
     with progress.stage("verification", len(checkpoint.probe.timesteps), "step") as advance:
         for step in range(len(checkpoint.probe.timesteps)):
-            checks += _check_layers(checkpoint, step, reference, pieces, graph)
-            require_equal(checks)
-            drift.append(_drift(checkpoint, step, reference, whole, PERTURBATION[graph.dtype]))
+            for executor in executors:
+                layers = _check_layers(checkpoint, step, reference, executor, graph)
+                require_equal(layers, executor.runtime)
+                checks += layers
+            drift += _drift(checkpoint, step, reference, executors, PERTURBATION[graph.dtype])
             advance(1)
     _require_no_drift(drift)
-    return Verification(tuple(checks), tuple(drift))
+    return Verification(tuple(checks), tuple(drift), missing)
+
+
+def _executors(graph: ExportedGraph, runtimes: list[str]) -> list[Executor]:
+    from dmq_export.cut import cut_graph
+    from dmq_export.export import loadable
+
+    cut = graph.model.clone()
+    cut_graph(cut, graph.forms)
+    with loadable(graph.model) as whole, loadable(cut) as pieces:
+        return [Executor(runtime, _session(runtime)(whole), _session(runtime)(pieces)) for runtime in runtimes]
+
+
+def _session(runtime: str) -> Callable[[Path | bytes], Session]:
+    if runtime == OPENVINO:
+        from engines.openvino_session import OpenVinoSession
+
+        return OpenVinoSession
+    from engines.ort import OnnxSession
+
+    return OnnxSession
 
 
 def _check_layers(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, pieces: OnnxSession, graph: ExportedGraph
+    checkpoint: Checkpoint, step: int, reference: ReferenceModel, executor: Executor, graph: ExportedGraph
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.reference import record_layers
@@ -116,8 +160,10 @@ def _check_layers(
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
     row, forms = reference.index.row, graph.forms
     precision = PRECISIONS[graph.dtype]
-    outputs = pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
+    outputs = executor.pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
     said = cut_outputs(forms, outputs, row)
+    if executor.runtime == OPENVINO:
+        forms = {name: form.zero_point_added() for name, form in forms.items()}
     names = [(layer, layer.spec.name) for layer in checkpoint.layers]
     checks = [check_layer(layer, forms[name], row, values[name], said[name], precision) for layer, name in names]
     last = relative_error(prediction.numpy(), outputs[OUTPUT])
@@ -125,23 +171,25 @@ def _check_layers(
 
 
 def _drift(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, whole: OnnxSession, relative: float
-) -> StepDrift:
+    checkpoint: Checkpoint, step: int, reference: ReferenceModel, executors: list[Executor], relative: float
+) -> list[StepDrift]:
+    """One probed step, in each runtime."""
     from calib.reference import perturbed
 
     sample, timestep, conditioning = _tensors(checkpoint, step)
     expected = reference(sample, timestep, **conditioning).numpy()
-    (prediction,) = whole.run(_arrays(checkpoint, step)).values()
     others = []
     for run in range(PERTURBED_RUNS):
         with perturbed(reference, relative, seed=run):
             others.append(reference(sample, timestep, **conditioning).numpy())
-    return StepDrift(
-        timestep=timestep,
-        graph=rms_ratio(prediction - expected, expected),
-        perturbed=max(rms_ratio(other - expected, expected) for other in others),
-        quantization=rms_ratio(expected - checkpoint.probe.prediction[step], expected),
-    )
+    perturbed_ratio = max(rms_ratio(other - expected, expected) for other in others)
+    quantization = rms_ratio(expected - checkpoint.probe.prediction[step], expected)
+    drift = []
+    for executor in executors:
+        (prediction,) = executor.whole.run(_arrays(checkpoint, step)).values()
+        ratio = rms_ratio(prediction - expected, expected)
+        drift.append(StepDrift(timestep, ratio, perturbed_ratio, quantization, executor.runtime))
+    return drift
 
 
 def _require_no_drift(drift: list[StepDrift]) -> None:
@@ -154,8 +202,9 @@ def _require_no_drift(drift: list[StepDrift]) -> None:
         allowed = max(DRIFT_FACTOR * step.perturbed, step.quantization) + TOLERANCE
         if not step.graph <= allowed:  # NaN is not
             raise CheckFailedError(
-                f"timestep {step.timestep:g}: the graph's prediction differs by {step.graph:.1e} from the "
-                f"reference; rounding explains {step.perturbed:.1e}, quantization itself costs {step.quantization:.1e}"
+                f"timestep {step.timestep:g}: the graph's prediction differs by {step.graph:.1e} from the reference, "
+                f"executed by {step.runtime}; rounding explains {step.perturbed:.1e}, quantization itself costs "
+                f"{step.quantization:.1e}"
             )
 
 
