@@ -9,6 +9,7 @@ from typing import Any
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.verification import Verification
 from dmq_export.commands.verification import verify as verify_graph
+from dmq_export.extras import install
 from dmq_export.files import require_file
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lint import Finding, findings_table, lint_model, require_buildable
@@ -40,9 +41,7 @@ class Export:
     def notes(self) -> list[str]:
         """What the user should know of the verification."""
         missing = () if self.verification is None else self.verification.missing
-        return [
-            f"not executed by {runtime}, which is not installed: pip install {runtime.lower()}" for runtime in missing
-        ]
+        return [f"not executed by {runtime}, which is not installed: {install(runtime.lower())}" for runtime in missing]
 
     def text(self) -> str:
         """Sizes, then what the verification found."""
