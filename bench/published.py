@@ -4,7 +4,7 @@
     pip install einops omegaconf pytorch-lightning pandas
     python bench/published.py --published published                       # three seeds, both bit widths
     python bench/published.py --published published --seeds 1 --bits w4a8
-    python bench/published.py --published published --model stress --samples 8 --les 10 --round 20
+    python bench/published.py --published published --model stress --samples 16 --les 10 --round 20
 
 ``stress`` is a UNet of random weights, 18 million parameters, whose layers are as wide as those of real models.
 
@@ -469,7 +469,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="bundled")
     parser.add_argument("--bits", nargs="+", default=["w4a8", "w4a6"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64, help="at least 16, which the published code draws from")
     parser.add_argument("--les", type=int, default=300, help="iterations per layer")
     parser.add_argument("--round", type=int, default=500, help="iterations per block")
     parser.add_argument("--who", nargs="+", default=["published", "same", "balanced"])
