@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.errors import DmqError
-from engines.inputs import Input, batch_sizes, checked_inputs, first_line
+from engines.inputs import batch_sizes
+from engines.openvino_session import OpenVinoSession
 from engines.pieces import in_pieces
 
 Precision = Literal["f32", "bf16", "f16"]
@@ -39,13 +39,9 @@ class OpenVinoDenoiser:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        self.compiled = _compiled(path, settings)
-        self.inputs = {
-            value.any_name: Input(value.element_type.to_dtype(), _sizes(value.partial_shape))
-            for value in self.compiled.inputs
-        }
+        self._session = OpenVinoSession(path, settings)
+        self.compiled, self.inputs = self._session.compiled, self._session.inputs
         self._sizes = batch_sizes(self.inputs)
-        self._request = self.compiled.create_infer_request()
 
     def __call__(
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
@@ -54,21 +50,5 @@ class OpenVinoDenoiser:
         return in_pieces(self._run, inputs, self._sizes)
 
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        outputs = self._request.infer(checked_inputs(self.inputs, inputs), share_inputs=True)
-        prediction: NDArray[Any] = outputs[self.compiled.output(0)]
+        (prediction,) = self._session.run(inputs).values()
         return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
-
-
-def _compiled(path: Path, settings: dict[str, Any]) -> Any:
-    import openvino
-
-    try:
-        core = openvino.Core()
-        return core.compile_model(core.read_model(str(path)), "CPU", settings)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()) or first_line(error)
-        raise DmqError(f"OpenVINO cannot load {path}: {reason[:300]}") from error
-
-
-def _sizes(shape: Any) -> list[int | str]:
-    return [size.get_length() if size.is_static else "any" for size in shape]

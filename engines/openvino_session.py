@@ -13,34 +13,40 @@ from numpy.typing import NDArray
 from dmq_export.errors import DmqError
 from engines.inputs import Input, checked_inputs, first_line
 
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # of what is not quantized
+
 
 class OpenVinoSession:
-    """An ONNX model compiled by OpenVINO; what is not quantized is computed in float32.
+    """An ONNX model compiled by OpenVINO.
 
     Args:
         model: a file, or a serialized model.
+        settings: OpenVINO's own.
+
+    Attributes:
+        compiled: OpenVINO's compiled model.
+        inputs: by name.
 
     Raises:
         DmqError: OpenVINO cannot load the model.
     """
 
-    def __init__(self, model: Path | bytes) -> None:
+    def __init__(self, model: Path | bytes, settings: Mapping[str, Any] = FLOAT32) -> None:
         import openvino
 
-        name = "the model" if isinstance(model, bytes) else str(model)
         try:
             core = openvino.Core()
             network = core.read_model(BytesIO(model) if isinstance(model, bytes) else str(model))
-            self._compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            self.compiled = core.compile_model(network, "CPU", dict(settings))
         except RuntimeError as error:
-            raise DmqError(f"OpenVINO cannot load {name}: {first_line(error)}") from error
-        self._inputs = {
-            value.any_name: Input(
-                value.element_type.to_dtype(),
-                [size.get_length() if size.is_static else "any" for size in value.partial_shape],
-            )
-            for value in self._compiled.inputs
+            name = "the model" if isinstance(model, bytes) else str(model)
+            reason = " ".join(str(error).split()) or first_line(error)
+            raise DmqError(f"OpenVINO cannot load {name}: {reason[:300]}") from error
+        self.inputs = {
+            value.any_name: Input(value.element_type.to_dtype(), _sizes(value.partial_shape))
+            for value in self.compiled.inputs
         }
+        self._request = self.compiled.create_infer_request()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name.
@@ -48,6 +54,10 @@ class OpenVinoSession:
         Raises:
             DmqError: an input is missing, unknown, or of another shape.
         """
-        answers = self._compiled(checked_inputs(self._inputs, inputs))
+        answers = self._request.infer(checked_inputs(self.inputs, inputs), share_inputs=True)
         # values that are the same share one output under all their names
-        return {name: np.array(answers[port]) for port in self._compiled.outputs for name in port.names}
+        return {name: np.asarray(answers[port]) for port in self.compiled.outputs for name in port.names}
+
+
+def _sizes(shape: Any) -> list[int | str]:
+    return [size.get_length() if size.is_static else "any" for size in shape]
