@@ -1,6 +1,6 @@
 """What each element of the method is worth on the bundled model.
 
-    python bench/ablation.py                           # three seeds, about an hour on two cores
+    python bench/ablation.py                           # three seeds, some hours on one core
     python bench/ablation.py --seeds 1 --only climbing # about 8 minutes
 
 Prints, for every recipe, the SQNR of the noise prediction (mean over steps, and worst step) on held-out
@@ -77,9 +77,9 @@ VARIATIONS = {
     "PTS on all layers": replace(DEFAULT, pts_layers="all"),
     "round to nearest": replace(DEFAULT, rounding="nearest"),
     "with AdaRound": replace(DEFAULT, rounding="adaround", round_iterations=600),
-    "7 bits for 2 % of the weights": replace(DEFAULT, sensitive_share=0.02),
-    "7 bits for 5 % of the weights": replace(DEFAULT, sensitive_share=0.05),
-    "7 bits for 10 % of the weights": replace(DEFAULT, sensitive_share=0.1),
+    "w7a8 for 2 % of the weights": replace(DEFAULT, sensitive_share=0.02),
+    "w7a8 for 5 % of the weights": replace(DEFAULT, sensitive_share=0.05),
+    "w7a8 for 10 % of the weights": replace(DEFAULT, sensitive_share=0.1),
     "static activation ranges": replace(DEFAULT, scales="static"),
     "symmetric activations": replace(DEFAULT, scheme="symmetric"),
 }

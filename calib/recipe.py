@@ -47,7 +47,7 @@ class Recipe:
         round_samples: evaluations AdaRound fits a block on.
         scheme: of activations.
         scales: one activation range per step, or one for all.
-        sensitive_share: of the weights, that get 7 bits where fewer cost the prediction most.
+        sensitive_share: of the weights, whose layers get 7 bits and their inputs 8, where fewer cost most.
         float_layers: name patterns of layers to leave float.
         check_samples: held-out trajectories that the result is measured on.
         seed: of everything random.

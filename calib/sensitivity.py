@@ -1,7 +1,7 @@
-"""Which layers get more weight bits: those whose rounding costs the prediction most, per weight.
+"""Which layers get more bits: those whose rounding costs the prediction most, per weight.
 
-The model evaluates a few recorded inputs with one layer's weights rounded at a time. What the layers cost adds up
-nearly independently, so a layer's own cost is about what more bits there would save.
+The model evaluates a few recorded inputs with one layer rounded at a time. What the layers cost adds up nearly
+independently, so a layer's own cost is about what more bits there would save.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,10 @@ import torch
 from calib.model import SourceModel
 from calib.reference import quantized
 from calib.trajectories import Trajectories
+from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
-MORE_BITS = 7  # 2^7 - 1 = 127 is the largest weight of int8 kernels
+MORE = Bits(7, 8)  # the most that int8 kernels take: 2^7 - 1 = 127 is their largest weight
 SAMPLES, STEPS = 2, 10  # that a layer is judged by
 
 
@@ -32,12 +33,16 @@ def few_evaluations(trajectories: Trajectories) -> Trajectories:
 
 
 def prediction_error(source: SourceModel, layer: QuantizedLayer, trajectories: Trajectories) -> float:
-    """``mean_t |e^ - e|^2 / |e|^2`` of the prediction ``e`` when only this layer's weights are quantized."""
+    """``mean_t |e^ - e|^2 / |e|^2`` of the prediction ``e`` when only this layer is quantized.
+
+    Its input stays float if it has 8 bits already: more weight bits would not change what that costs.
+    """
+    activations = layer.spec.bits.activation < MORE.activation
     device = next(source.network.parameters()).device
     conditioning = {key: value.to(device) for key, value in trajectories.conditioning.items()}
     evaluations = zip(trajectories.timesteps, trajectories.inputs, trajectories.predictions, strict=True)
     errors: list[float] = []
-    with quantized(source.network, [layer], trajectories.timesteps, activations=False) as reference:
+    with quantized(source.network, [layer], trajectories.timesteps, activations=activations) as reference:
         for timestep, x, expected in evaluations:
             predicted = reference(x.to(device), timestep, **conditioning).cpu()
             errors.append(((predicted - expected).square().sum() / expected.square().sum()).item())

@@ -23,7 +23,7 @@ from calib.plan import Plan
 from calib.pts import count_votes, decide
 from calib.ranks import Ranks
 from calib.recipe import Recipe
-from calib.sensitivity import MORE_BITS, few_evaluations, most_sensitive, prediction_error
+from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.survey import Survey
 from calib.trajectories import SamplerSettings, Trajectories, joined, record_trajectories
 from calib.work import WorkFolder
@@ -81,7 +81,7 @@ class Stages:
         return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
 
     def widen(self, fits: Sequence[LayerFit], calibration: Trajectories) -> tuple["Stages", list[LayerFit]]:
-        """Fit the most sensitive layers again with more weight bits, if the recipe asks for it.
+        """Fit the most sensitive layers again with more bits, if the recipe asks for it.
 
         Returns:
             The stages with the new widths, and the fits of all layers.
@@ -92,7 +92,7 @@ class Stages:
         families = [family for families in self.plan.passes for family in families]
         chosen = most_sensitive(families, errors, self.recipe.sensitive_share)
         wide = {
-            spec.name: replace(spec, bits=Bits(max(MORE_BITS, spec.bits.weight), spec.bits.activation))
+            spec.name: replace(spec, bits=Bits(max(MORE.weight, spec.bits.weight), MORE.activation))
             for family in chosen
             for spec in family
         }
@@ -103,7 +103,7 @@ class Stages:
         ]
 
     def _prediction_errors(self, layers: Sequence[QuantizedLayer], calibration: Trajectories) -> dict[str, float]:
-        """What rounding each layer's weights costs, by name, in the order of the survey."""
+        """What rounding each layer costs, by name, in the order of the survey."""
         items = {f"sensitivity/{layer.spec.name}": layer for layer in layers}
         few = few_evaluations(calibration)
 

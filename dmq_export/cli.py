@@ -91,7 +91,7 @@ def main() -> None:
 @preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")
 @preset_option("--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Power-of-two scaling.")
 @preset_option(
-    "--sensitive-share", field="sensitive_share", type=click.FloatRange(0, 1), help="Of the weights, for 7 bits."
+    "--sensitive-share", field="sensitive_share", type=click.FloatRange(0, 1), help="Of the weights, for w7a8."
 )
 @click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
 @seed_option

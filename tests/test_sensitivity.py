@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
-from reference import dequantize_weight
+from reference import dequantize_input, dequantize_weight, quantize_input
 from torch import Tensor, nn
 
 from calib.calibrate import calibrate
 from calib.model import SourceModel
 from calib.plan import Limits
-from calib.sensitivity import MORE_BITS, few_evaluations, most_sensitive, prediction_error
+from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.commands.onnx import export_onnx
@@ -54,14 +54,17 @@ class Net(nn.Module):
         return (self.layer(sample),)
 
 
-def test_the_error_is_that_of_the_prediction_with_rounded_weights_and_float_inputs() -> None:
-    spec = replace(linear(name="layer"), parts=(8,), out_channels=3)
-    layer = replace(random_layer(spec, seed=1), bias=None)
+@pytest.mark.parametrize("bits", [Bits(4, 8), Bits(4, 6)])
+def test_the_error_is_that_of_the_prediction_with_what_more_bits_would_change_rounded(bits: Bits) -> None:
+    spec = replace(linear(name="layer"), parts=(8,), out_channels=3, bits=bits)
+    layer = replace(random_layer(spec, seed=1, steps=1), bias=None)
     weight = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
     source = SourceModel(Net(weight), "Net", {"sample_size": 1, "in_channels": 1}, {}, "")
     recorded = trajectories(4, 2)
     expected = (recorded.inputs.numpy() @ weight.T).astype(np.float64)
-    rounded = recorded.inputs.numpy() @ (dequantize_weight(layer) / layer.tau).T
+    x = recorded.inputs.numpy()
+    inputs = x / layer.tau if bits.activation == 8 else dequantize_input(layer, quantize_input(layer, x))
+    rounded = inputs @ dequantize_weight(layer).T
     shares = ((rounded - expected) ** 2).sum((1, 2, 3)) / (expected**2).sum((1, 2, 3))
     recorded = replace(recorded, predictions=torch.from_numpy(expected.astype(np.float32)))
     assert prediction_error(source, layer, recorded) == pytest.approx(shares.mean(), rel=1e-5)
@@ -106,11 +109,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("small"))
 
 
-@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(("joint", "bits"), [(True, Bits(4, 8)), (False, Bits(4, 6))])
 def test_the_chosen_layers_have_more_bits_the_others_are_as_they_were(
-    small_model: Path, tmp_path: Path, joint: bool
+    small_model: Path, tmp_path: Path, joint: bool, bits: Bits
 ) -> None:
-    recipe = replace(TINY_RECIPE, pts_layers="all", pts_kappa=0.0, les_joint=joint)
+    recipe = replace(TINY_RECIPE, bits=bits, pts_layers="all", pts_kappa=0.0, les_joint=joint)
 
     def run(share: float):
         settings = replace(recipe, sensitive_share=share)
@@ -119,9 +122,9 @@ def test_the_chosen_layers_have_more_bits_the_others_are_as_they_were(
 
     plain, wide = run(0.0), run(0.4)
     widths = {layer.spec.name: layer.spec.bits for layer in wide.layers}
-    assert set(widths.values()) == {Bits(4, 8), Bits(MORE_BITS, 8)}
-    weights = {bits: sum(one.codes.size for one in wide.layers if one.spec.bits == bits) for bits in widths.values()}
-    assert weights[Bits(MORE_BITS, 8)] <= 0.4 * sum(weights.values())
+    assert set(widths.values()) == {bits, MORE}
+    weights = {width: sum(one.codes.size for one in wide.layers if one.spec.bits == width) for width in (bits, MORE)}
+    assert weights[MORE] <= 0.4 * sum(weights.values())
     for before, after in zip(plain.layers, wide.layers, strict=True):
         if after.spec.bits == before.spec.bits:
             np.testing.assert_array_equal(after.codes, before.codes)
