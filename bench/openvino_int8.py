@@ -121,15 +121,19 @@ def onnxruntime_engine(model: bytes, inputs: Inputs, threads: int) -> Run:
 
 
 def turns(engines: dict[str, Run], seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Seconds that each engine took in each turn, taking turns for ``seconds`` after a warm-up."""
+    """Seconds that each engine took in each turn, taking turns for ``seconds`` after a warm-up.
+
+    In another order every turn: ONNX Runtime's threads spin on for a while and disturb whoever comes next.
+    """
     taken: dict[str, list[float]] = {name: [] for name in engines}
+    names, order = list(engines), np.random.default_rng(0)
     for run in engines.values():
         run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(taken.values()))) < 3:
-        for name, run in engines.items():
+        for name in order.permutation(names):
             start = time.perf_counter()
-            run()
+            engines[name]()
             taken[name].append(time.perf_counter() - start)
     return {name: np.array(times) for name, times in taken.items()}
 
