@@ -1,8 +1,8 @@
 """AdaRound by block reconstruction: each weight is rounded up or down so that the block's output stays.
 
-Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). A block is fitted on the inputs that the rounded model
-before it produces, against the outputs of the float model. Activations stay float. "Rounded" means by second moments
-(:mod:`calib.gptq`), where the fit starts everywhere; so no block waits for another.
+Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). The fit starts from rounding by second moments
+(:mod:`calib.gptq`). A block is fitted on the float model's inputs, against its outputs, and its activations stay float;
+so no block waits for another, and none learns to make up for errors that another's fit takes away.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from calib.fake_quant import QParams
 from calib.layer_op import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
 from calib.model import predict
-from calib.reference import quantized
 from calib.survey import Block
 from calib.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
@@ -106,17 +105,13 @@ def adaround(
 
     Args:
         network: the float network.
-        layers: all quantized layers; the block's inputs are those that the others, as they are rounded so far, make.
+        layers: all quantized layers.
         evaluations: how many of the trajectories' evaluations the block is fitted on; fewer, if they would take more
             than :data:`MOST_BYTES`.
     """
     size = _calls_bytes(_block_calls(network, block.name, _first_samples(trajectories, 1)))
     subset = _first_samples(trajectories, min(evaluations, MOST_BYTES * len(trajectories.timesteps) // size))
-    target = _block_calls(network, block.name, subset).output
-    with quantized(
-        network, [layer for layer in layers if layer.spec.name not in block.layers], subset.timesteps, activations=False
-    ):
-        calls = replace(_block_calls(network, block.name, subset), output=target)
+    calls = _block_calls(network, block.name, subset)
     fitted = [layer for layer in layers if layer.spec.name in block.layers]
     return _fit_block(network, block, fitted, calls, iterations, stream_seed(seed, "round", block.name))
 

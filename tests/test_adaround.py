@@ -291,8 +291,8 @@ class Chain(nn.Module):
         return (self.b(self.a(sample)),)
 
 
-@pytest.mark.parametrize(("gain", "start", "best"), [(1.1, 6, 5), (0.9, 5, 6)])
-def test_a_block_makes_up_for_the_rounding_of_those_before_it(gain: float, start: int, best: int) -> None:
+@pytest.mark.parametrize(("gain", "start"), [(1.1, 6), (0.9, 5)])
+def test_a_block_does_not_make_up_for_the_rounding_of_those_before_it(gain: float, start: int) -> None:
     def layer(name: str, step: float, code: int) -> QuantizedLayer:
         spec = linear(name=name, parts=(1,), out_channels=1)
         return replace(
@@ -303,13 +303,14 @@ def test_a_block_makes_up_for_the_rounding_of_those_before_it(gain: float, start
             tau=np.ones(1, np.float32),
         )
 
-    # a rounds to gain (its other code, 0 or 2 gain, is worse); 0.55 lies between two codes of b
+    # a rounds to gain (its other code, 0 or 2 gain, is worse), which b's other code would make up for; by itself b has
+    # no reason to move, since 0.55 lies in the middle of two codes
     layers = [layer("a", gain, 1), layer("b", 0.1, start)]
     inputs = torch.randn(1, 64, 1, generator=torch.Generator().manual_seed(0)) * 10
     trajectories = Trajectories(torch.tensor([5.0]), inputs, inputs, {}, inputs[0])
     blocks = [Block("a", ("a",)), Block("b", ("b",))]
     after = refined(Chain().requires_grad_(False), layers, trajectories, blocks, iterations=200, evaluations=64)
-    assert [int(layer.codes[0, 0]) for layer in after] == [1, best]
+    assert [int(layer.codes[0, 0]) for layer in after] == [1, start]
 
 
 def test_a_block_takes_no_more_memory_than_it_may(
