@@ -94,8 +94,8 @@ class LayerForm:
         return LayerValues(np.concatenate([part.input for part in parts], axis), codes + offset, output)
 
     def zero_point_added(self) -> LayerForm:
-        """The form of a kernel that adds the zero point before it rounds: at the precision of that sum."""
-        return replace(self, shift=self.zero_point)
+        """The form of a kernel that adds its zero point before it rounds: at the precision of that sum."""
+        return replace(self, shift=self.zero_point - self.offset)
 
     def padded(self, values: NDArray[Number]) -> NDArray[Number]:
         """``values`` of the input's shape, zeros around them where the quantizer pads."""
