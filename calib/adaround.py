@@ -204,13 +204,7 @@ def _whole_output(output: Any) -> Tensor:
 
 
 def _first_samples(trajectories: Trajectories, evaluations: int) -> Trajectories:
-    count = max(1, evaluations // len(trajectories.timesteps))
-    return replace(
-        trajectories,
-        inputs=trajectories.inputs[:, :count],
-        predictions=trajectories.predictions[:, :count],
-        conditioning={key: value[:count] for key, value in trajectories.conditioning.items()},
-    )
+    return trajectories.first(max(1, evaluations // len(trajectories.timesteps)))
 
 
 def _on(device: torch.device, values: Any) -> Tensor:

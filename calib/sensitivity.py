@@ -23,13 +23,8 @@ def few_evaluations(trajectories: Trajectories) -> Trajectories:
     """The first :data:`SAMPLES` rows at :data:`STEPS` steps from the first to the last, or what there is."""
     count = len(trajectories.timesteps)
     steps = torch.linspace(0, count - 1, min(STEPS, count)).round().long()
-    return replace(
-        trajectories,
-        timesteps=trajectories.timesteps[steps],
-        inputs=trajectories.inputs[steps][:, :SAMPLES],
-        predictions=trajectories.predictions[steps][:, :SAMPLES],
-        conditioning={key: value[:SAMPLES] for key, value in trajectories.conditioning.items()},
-    )
+    few = trajectories.first(SAMPLES)
+    return replace(few, timesteps=few.timesteps[steps], inputs=few.inputs[steps], predictions=few.predictions[steps])
 
 
 def prediction_error(source: SourceModel, layer: QuantizedLayer, trajectories: Trajectories) -> float:

@@ -5,7 +5,7 @@ it for each step, as the method's published code does, takes ``T (T + 1) / 2``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,15 @@ class Trajectories:
     def evaluations(self) -> int:
         """How often the network was asked: steps times samples."""
         return self.inputs.shape[0] * self.inputs.shape[1]
+
+    def first(self, rows: int) -> "Trajectories":
+        """The first ``rows`` of the ``N`` axis, at all steps; the final samples of all."""
+        return replace(
+            self,
+            inputs=self.inputs[:, :rows],
+            predictions=self.predictions[:, :rows],
+            conditioning={name: value[:rows] for name, value in self.conditioning.items()},
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; :meth:`of_tensors` makes the trajectories of them again."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dmq_export.bundled import BUNDLED
 from dmq_export.errors import DmqError
-from engines.inputs import Input, batch_sizes, checked_inputs, first_line
-from engines.pieces import in_pieces
+from engines.graph_denoiser import GraphDenoiser
+from engines.inputs import Input, checked_inputs, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NUMPY_TYPES = {
@@ -72,26 +72,12 @@ class OnnxSession:
         return dict(zip(self.output_names, outputs, strict=True))
 
 
-class OnnxRuntimeDenoiser:
-    """Runs an exported network: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
-
-    A batch that a graph of fixed batch does not take is padded, or cut into several.
-    """
+class OnnxRuntimeDenoiser(GraphDenoiser):
+    """An ONNX file in ONNX Runtime."""
 
     def __init__(self, path: Path, provider: str = "cpu", *, threads: int | None = None) -> None:
         self.session = OnnxSession(path, provider, threads=threads)
-        self.inputs = self.session.inputs
-        self._sizes = batch_sizes(self.inputs)
-
-    def __call__(
-        self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
-    ) -> NDArray[np.float32]:
-        inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        return in_pieces(self._run, inputs, self._sizes)
-
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        prediction = self.session.run(inputs)[self.session.output_names[0]]
-        return prediction.astype(np.float32, copy=False)  # a graph may compute in float16
+        super().__init__(self.session)
 
 
 def require_provider(provider: str) -> None:
