@@ -5,19 +5,18 @@ Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). The fit starts from
 so no block waits for another, and none learns to make up for errors that another's fit takes away.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calib.block_calls import BlockCalls, whole_output
 from calib.fake_quant import QParams
 from calib.layer_op import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
-from calib.model import predict
 from calib.survey import Block
-from calib.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
 from dmq_export.network import replace_modules
 from dmq_export.seeds import stream_seed
@@ -28,27 +27,8 @@ BETA_START, BETA_END = 20.0, 2.0
 WARM_UP = 0.2  # share of the iterations without the regularizer
 LEARNING_RATE = 1e-2
 BATCH = 32
-MOST_BYTES = 2**30  # of the inputs and outputs a block is fitted on
+REPORT = 20  # iterations between two signs of progress
 CONFIDENCE = 0.7  # how far a weight starts towards the code it already has
-
-
-class _BlockDone(Exception):  # noqa: N818 - control flow, like StopIteration
-    """The block has run: the rest of the network need not."""
-
-
-@dataclass(frozen=True)
-class BlockCalls:
-    """Inputs and outputs of a block over ``N`` evaluations; what is no tensor is the same in all of them."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Tensor
-
-    def picked(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        def pick(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) else value
-
-        return [pick(value) for value in self.args], {key: pick(value) for key, value in self.kwargs.items()}
 
 
 class SoftLayer(nn.Module):
@@ -95,53 +75,52 @@ def adaround(
     network: nn.Module,
     block: Block,
     layers: Sequence[QuantizedLayer],
-    trajectories: Trajectories,
+    calls: BlockCalls,
     *,
     iterations: int,
-    evaluations: int,
     seed: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[QuantizedLayer]:
     """The layers of ``block`` with their codes refined.
 
     Args:
         network: the float network.
         layers: all quantized layers.
-        evaluations: how many of the trajectories' evaluations the block is fitted on; fewer, if they would take more
-            than :data:`MOST_BYTES`.
+        calls: of the block in the float network.
+        advance: called with the number of iterations done, for progress.
     """
-    size = _calls_bytes(_block_calls(network, block.name, _first_samples(trajectories, 1)))
-    subset = _first_samples(trajectories, min(evaluations, MOST_BYTES * len(trajectories.timesteps) // size))
-    calls = _block_calls(network, block.name, subset)
     fitted = [layer for layer in layers if layer.spec.name in block.layers]
-    return _fit_block(network, block, fitted, calls, iterations, stream_seed(seed, "round", block.name))
-
-
-def _fit_block(
-    network: nn.Module,
-    block: Block,
-    layers: Sequence[QuantizedLayer],
-    calls: BlockCalls,
-    iterations: int,
-    seed: int,
-) -> list[QuantizedLayer]:
-    soft = {layer.spec.name: SoftLayer(layer, weight_of(network.get_submodule(layer.spec.name))) for layer in layers}
-    logits = [layer.logit for layer in soft.values()]
-    optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
-    generator = torch.Generator().manual_seed(seed)
+    soft = {layer.spec.name: SoftLayer(layer, weight_of(network.get_submodule(layer.spec.name))) for layer in fitted}
     originals = replace_modules(network, soft)
     try:
         module = network.get_submodule(block.name)
-        for iteration in range(iterations):
-            rows = torch.randint(len(calls.output), (BATCH,), generator=generator)
-            args, kwargs = calls.picked(rows.to(calls.output.device))
-            error = _whole_output(module(*args, **kwargs)) - calls.output[rows]
-            loss = squared_error(error) + _regularizer(soft.values(), iteration / iterations)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        _fit(module, soft.values(), calls, iterations, stream_seed(seed, "round", block.name), advance)
     finally:
         replace_modules(network, originals)
     return [layer.hardened() for layer in soft.values()]
+
+
+def _fit(
+    block: nn.Module,
+    soft: Collection[SoftLayer],
+    calls: BlockCalls,
+    iterations: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Move the ``soft`` layers of ``block`` to where its outputs are those of the ``calls``."""
+    optimizer = torch.optim.Adam([layer.logit for layer in soft], lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(seed)
+    for iteration in range(iterations):
+        rows = torch.randint(len(calls.output), (BATCH,), generator=generator).to(calls.output.device)
+        args, kwargs = calls.picked(rows)
+        error = whole_output(block(*args, **kwargs)) - calls.output[rows]
+        loss = squared_error(error) + _regularizer(soft, iteration / iterations)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (iteration + 1) % REPORT == 0 or iteration + 1 == iterations:
+            advance(iteration % REPORT + 1)
 
 
 def squared_error(error: Tensor) -> Tensor:
@@ -157,54 +136,6 @@ def _regularizer(layers: Iterable[SoftLayer], progress: float) -> Tensor:
     beta = BETA_END + (BETA_START - BETA_END) * remaining
     penalties = [(1 - (2 * layer.up() - 1).abs().pow(beta)).sum() for layer in layers]
     return REGULARIZER * torch.stack(penalties).sum()
-
-
-def _block_calls(network: nn.Module, name: str, trajectories: Trajectories) -> BlockCalls:
-    """Every call of the module ``name`` over the trajectories; the network stops after it."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, _whole_output(output)))
-        raise _BlockDone
-
-    device = next(network.parameters()).device
-    conditioning = {key: value.to(device) for key, value in trajectories.conditioning.items()}
-    handle = network.get_submodule(name).register_forward_hook(note, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            for timestep, x in zip(trajectories.timesteps, trajectories.inputs, strict=True):
-                try:
-                    predict(network, x.to(device), timestep.to(device), conditioning)
-                except _BlockDone:
-                    continue
-    finally:
-        handle.remove()
-    args = tuple(_joined([call[0][i] for call in calls]) for i in range(len(calls[0][0])))
-    kwargs = {key: _joined([call[1][key] for call in calls]) for key in calls[0][1]}
-    return BlockCalls(args, kwargs, torch.cat([call[2] for call in calls]))
-
-
-def _calls_bytes(calls: BlockCalls) -> int:
-    """Memory of all tensors."""
-    values = (*calls.args, *calls.kwargs.values(), calls.output)
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-
-def _joined(values: list[Any]) -> Any:
-    # contiguous: PyTorch's backward of GroupNorm crashes on channels-last inputs without a gradient (2.13, CPU)
-    return torch.cat(values).contiguous() if isinstance(values[0], Tensor) else values[0]
-
-
-def _whole_output(output: Any) -> Tensor:
-    """All that a block passes on; the streams of text and picture of a joint block end to end, ``[N, L + S, D]``."""
-    if isinstance(output, Tensor):
-        return output
-    tensors = output.values() if isinstance(output, Mapping) else output
-    return torch.cat([tensor for tensor in tensors if isinstance(tensor, Tensor)], dim=1)
-
-
-def _first_samples(trajectories: Trajectories, evaluations: int) -> Trajectories:
-    return trajectories.first(max(1, evaluations // len(trajectories.timesteps)))
 
 
 def _on(device: torch.device, values: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.adaround import BATCH
+from calib.block_calls import call_bytes, split_blocks
 from calib.capture import capture_bytes, columns_of, patch_rows
 from calib.fit import LOOKED_AT
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
 from calib.recipe import Recipe
 from calib.rounding import CHUNK
+from calib.survey import Survey
 from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import current_memory
@@ -33,34 +36,41 @@ class Footprint:
         check: on top of it during the check, beside the activations: all layers' codes, one layer's weights.
         sample: activations of one sample.
         fit: of the largest layer.
+        calls: recorded at once for AdaRound.
+        block: of AdaRound on top of these, at the most demanding block.
     """
 
     fixed: int
     check: int
     sample: int
     fit: int
+    calls: int
+    block: int
 
     def evaluating(self, batch: int) -> int:
-        """During the check, ``batch`` samples at a time."""
-        return self.fixed + self.check + batch * self.sample
+        """During the check or AdaRound's recording, ``batch`` samples at a time."""
+        return self.fixed + max(self.check, self.calls) + batch * self.sample
 
     def peak(self, batch: int, workers: int) -> int:
         """At the worst moment, of all processes together."""
         fitting = self.fit if workers == 1 else workers * (self.fit + WORKER_BYTES)
-        return max(self.evaluating(batch), self.fixed + fitting)
+        return max(self.evaluating(batch), self.fixed + fitting, self.fixed + self.calls + self.block)
 
 
-def footprint(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, told: Conditioning) -> Footprint:
-    """Of calibrating ``specs``; ``told`` is what a sample is told."""
-    branches = 2 if told.unconditional else 1
+def footprint(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> Footprint:
+    """Of calibrating what was ``surveyed``; ``told`` is what a sample is told."""
+    specs, branches = surveyed.coverage.quantized, 2 if told.unconditional else 1
     sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
     sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
+    calls, block = rounding_bytes(source, surveyed, recipe, told) if recipe.rounding == "adaround" else (0, 0)
     return Footprint(
         fixed=current_memory() + _trajectory_bytes(source, recipe, branches),
         check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
         sample=sample,
         fit=max(fit_bytes(spec, recipe, evaluations) for spec in specs),
+        calls=calls,
+        block=block,
     )
 
 
@@ -72,6 +82,49 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + 7 * spec.out_channels * columns)
     learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
     return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
+
+
+def rounding_bytes(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> tuple[int, int]:
+    """Memory that AdaRound takes: recorded calls; a block's outputs for its gradients, its weights, Adam's moments."""
+    names = [block.name for block in surveyed.blocks]
+    sizes = call_bytes(source.network, names, lambda: evaluate_zeros(source, told, 1))
+    samples = recipe.samples * (2 if told.unconditional else 1)
+    groups = split_blocks(sizes, recipe.steps, min(samples, max(1, recipe.round_samples // recipe.steps)))
+    calls = max(sum(sizes[name] * recipe.steps * count for name, count in group.items()) for group in groups)
+    weights = {spec.name: spec.weight_count for spec in surveyed.coverage.quantized}
+    outputs = _output_bytes(source, names, told)
+    learning = (
+        2 * BATCH * outputs[block.name] + 12 * FLOAT * sum(weights[name] for name in block.layers)
+        for block in surveyed.blocks
+    )
+    return calls, max(learning)
+
+
+def _output_bytes(source: SourceModel, names: Sequence[str], told: Conditioning) -> dict[str, int]:
+    """By block, what its modules put out in one evaluation of one sample: all of it is kept for the gradients."""
+    totals = dict.fromkeys(names, 0)
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(_: nn.Module, __: Any, output: Any) -> None:
+            totals[name] += sum(value.nbytes for value in _tensors(output))
+
+        return count
+
+    handles = [
+        module.register_forward_hook(counter(name))
+        for name in names
+        for module in source.network.get_submodule(name).modules()
+    ]
+    try:
+        evaluate_zeros(source, told, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return totals
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
 
 
 def activation_bytes(source: SourceModel, told: Conditioning) -> int:
@@ -118,9 +171,8 @@ def _live_outputs(network: nn.Module) -> Iterator[_Live]:
     live = _Live()
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
-        for value in output if isinstance(output, tuple) else (output,):
-            if isinstance(value, Tensor):
-                live.add(value)
+        for value in _tensors(output):
+            live.add(value)
 
     handles = [module.register_forward_hook(note) for module in network.modules()]
     try:

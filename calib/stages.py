@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from calib.adaround import adaround
+from calib.block_calls import CallRecorder
 from calib.capture import GROUP, Captures, group_count
 from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
@@ -121,21 +122,24 @@ class Stages:
         if recipe.rounding != "adaround":
             return list(layers)
         blocks = {f"blocks/{block.name}": block for block in self.surveyed.blocks}
+        missing = [blocks[key].name for key in self.ranks.share(list(blocks)) if key not in self.work]
+        network, evaluations = self.source.network, recipe.round_samples
+        recorder = CallRecorder(network, missing, calibration, evaluations=evaluations, batch=self.plan.batch)
 
         def compute(key: str, advance: Advance) -> None:
+            block = blocks[key]
             rounded = adaround(
-                self.source.network,
-                blocks[key],
+                network,
+                block,
                 layers,
-                calibration,
+                recorder.take(block.name),
                 iterations=recipe.round_iterations,
-                evaluations=recipe.round_samples,
                 seed=recipe.seed,
+                advance=lambda iterations: advance(iterations, block.name),
             )
             self.work.save(key, {layer.spec.name: torch.from_numpy(layer.codes) for layer in rounded})
-            advance(1, blocks[key].name)
 
-        self._each("AdaRound", "block", dict.fromkeys(blocks, 1), compute)
+        self._each("AdaRound", "iteration", dict.fromkeys(blocks, recipe.round_iterations), compute)
         codes = {name: value.numpy() for key in blocks for name, value in self.work.load(key).tensors.items()}
         return [replace(layer, codes=codes[layer.spec.name]) for layer in layers]
 

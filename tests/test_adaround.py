@@ -12,8 +12,8 @@ from layers import conv2d, linear, random_input, random_layer, specs
 from reference import add_bias, along, dequantize_weight, operate, shift_of_columns
 from torch import Tensor, nn
 
-import calib.adaround
-from calib.adaround import SoftLayer, _whole_output, adaround, squared_error
+from calib.adaround import SoftLayer, adaround, squared_error
+from calib.block_calls import CallRecorder
 from calib.reference import quantized
 from calib.survey import Block
 from calib.trajectories import Trajectories
@@ -208,10 +208,10 @@ def refined(
 ) -> list[QuantizedLayer]:
     """Every block from where all layers are; what no block holds stays."""
     done = {layer.spec.name: layer for layer in layers}
+    names = [block.name for block in blocks]
+    recorder = CallRecorder(network, names, trajectories, evaluations=evaluations, batch=4)
     for block in blocks:
-        for layer in adaround(
-            network, block, layers, trajectories, iterations=iterations, evaluations=evaluations, seed=seed
-        ):
+        for layer in adaround(network, block, layers, recorder.take(block.name), iterations=iterations, seed=seed):
             done[layer.spec.name] = layer
     return [done[layer.spec.name] for layer in layers]
 
@@ -313,27 +313,14 @@ def test_a_block_does_not_make_up_for_the_rounding_of_those_before_it(gain: floa
     assert [int(layer.codes[0, 0]) for layer in after] == [1, start]
 
 
-def test_a_block_takes_no_more_memory_than_it_may(
-    network: Network, layers: list[QuantizedLayer], trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("iterations", "told"), [(0, []), (7, [7]), (20, [20]), (45, [20, 20, 5])])
+def test_every_iteration_is_told_once(
+    network: Network, layers: list[QuantizedLayer], trajectories: Trajectories, iterations: int, told: list[int]
 ) -> None:
-    # one evaluation of the first block: input and output of 100 numbers, and a shift
-    of_an_evaluation = 4 * (100 + 100 + 1)
-    seen: list[int] = []
-    calls = calib.adaround._fit_block
-    monkeypatch.setattr(calib.adaround, "MOST_BYTES", 7 * of_an_evaluation)
-    monkeypatch.setattr(calib.adaround, "_fit_block", lambda *args: seen.append(len(args[3].output)) or calls(*args))
-    refined(network, layers, trajectories, BLOCKS[:1], iterations=1)
-    assert seen == [6]  # three samples at two steps each
-
-
-def test_a_joint_block_is_judged_by_both_of_its_streams() -> None:
-    text, picture = torch.zeros(2, 3, 4), torch.ones(2, 5, 4)
-    both = _whole_output((text, picture))
-    assert both.shape == (2, 8, 4)
-    torch.testing.assert_close(both[:, 3:], picture)
-    assert _whole_output((None, picture)).shape == picture.shape  # SD3's last block passes no text on
-    assert _whole_output({"sample": picture}).shape == picture.shape
-    assert _whole_output(picture) is picture
+    calls = CallRecorder(network, ["proj"], trajectories, evaluations=24, batch=4).take("proj")
+    heard: list[int] = []
+    adaround(network, BLOCKS[1], layers, calls, iterations=iterations, seed=0, advance=heard.append)
+    assert heard == told
 
 
 def test_the_error_of_a_feature_map_is_that_of_its_pixels_as_tokens() -> None:

@@ -17,7 +17,8 @@ import calib.footprint
 import calib.plan
 from calib.calibrate import planned, work_folder
 from calib.capture import capture_bytes
-from calib.footprint import activation_bytes, fit_bytes
+from calib.conditioning import conditioning_for
+from calib.footprint import Footprint, activation_bytes, fit_bytes, footprint
 from calib.model import SourceModel, load_model
 from calib.plan import Limits, make_plan, split_passes
 from calib.recipe import Recipe
@@ -130,6 +131,25 @@ def test_processes_of_one_machine_share_its_free_memory(
     assert plan_of(small, Limits(CPU), tmp_path).batch == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan_of(small, Limits(CPU), tmp_path).batch == 4
+
+
+def test_adaround_needs_room_for_recorded_calls_and_gradients(small: SourceModel, tmp_path: Path) -> None:
+    surveyed = survey(small, Bits(4, 8), "asymmetric", ())
+    told = conditioning_for(small, TINY_RECIPE, 1)
+
+    def needed(samples: int, round_samples: int) -> Footprint:
+        recipe = replace(TINY_RECIPE, samples=samples, rounding="adaround", round_iterations=1)
+        return footprint(small, surveyed, replace(recipe, round_samples=round_samples), told)
+
+    without = footprint(small, surveyed, TINY_RECIPE, told)
+    assert (without.calls, without.block) == (0, 0)
+    few, more, most = needed(8, 1024), needed(16, 1024), needed(10**9, 10**9)
+    assert 0 < 2 * few.calls == more.calls
+    assert needed(16, 8 * TINY_RECIPE.steps).calls == few.calls
+    assert most.calls <= 2**30
+    assert few.block == more.block > 12 * 4 * max(spec.weight_count for spec in surveyed.coverage.quantized)
+    assert most.peak(1, 1) >= most.fixed + most.calls + most.block
+    assert most.evaluating(16) == most.fixed + max(most.calls, most.check) + 16 * most.sample
 
 
 def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(

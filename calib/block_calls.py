@@ -1,0 +1,208 @@
+"""What AdaRound fits blocks on: their inputs and outputs over the calibration set, several blocks in one pass."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.model import predict
+from calib.trajectories import Trajectories
+
+MOST_BYTES = 2**30  # of the calls held at once
+
+See = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], None]
+
+
+class _AllSeen(Exception):  # noqa: N818 - control flow, like StopIteration
+    """Every block has run: the rest of the network need not."""
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """Inputs and outputs of a block over ``N`` evaluations; what is no tensor is the same in all of them.
+
+    Attributes:
+        output: all that the block passes on, see :func:`whole_output`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+
+    def picked(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of some evaluations."""
+
+        def pick(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) else value
+
+        return [pick(value) for value in self.args], {key: pick(value) for key, value in self.kwargs.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Of the inputs and the output, in a fixed order."""
+        values = (*self.args, *self.kwargs.values(), self.output)
+        return [value for value in values if isinstance(value, Tensor)]
+
+
+class CallRecorder:
+    """Records the calls of blocks, as many at once as :data:`MOST_BYTES` take, when the first of them is asked for.
+
+    Args:
+        names: of the blocks, in the order that they will be asked for.
+        evaluations: how many of the trajectories' evaluations to record of a block, in whole samples; fewer, if they
+            would take more than :data:`MOST_BYTES`.
+        batch: samples per evaluation.
+    """
+
+    def __init__(
+        self, network: nn.Module, names: Sequence[str], trajectories: Trajectories, *, evaluations: int, batch: int
+    ) -> None:
+        self._network, self._names, self._trajectories, self._batch = network, names, trajectories, batch
+        self._samples = min(trajectories.inputs.shape[1], max(1, evaluations // len(trajectories.timesteps)))
+        self._held: dict[str, BlockCalls] = {}
+
+    @cached_property
+    def groups(self) -> list[dict[str, int]]:
+        """Blocks that are recorded together, each with the samples to record of it."""
+        sizes = call_bytes(
+            self._network, self._names, lambda: _evaluate(self._network, self._trajectories, 0, slice(0, 1))
+        )
+        return split_blocks(sizes, len(self._trajectories.timesteps), self._samples)
+
+    def take(self, name: str) -> BlockCalls:
+        """The calls of one block, which are forgotten here."""
+        if name not in self._held:
+            group = next(group for group in self.groups if name in group)
+            self._held = {}  # before the next ones come
+            self._held = _recorded(self._network, group, self._trajectories, self._batch)
+        return self._held.pop(name)
+
+
+def call_bytes(network: nn.Module, names: Sequence[str], evaluate: Callable[[], object]) -> dict[str, int]:
+    """What the call of each block takes in one evaluation that ``evaluate`` makes."""
+    sizes: dict[str, int] = {}
+
+    def seer(name: str) -> See:
+        def see(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            sizes[name] = sum(tensor.nbytes for tensor in BlockCalls(args, kwargs, output).tensors)
+
+        return see
+
+    with _calls_seen(network, {name: seer(name) for name in names}):
+        evaluate()
+    return {name: sizes[name] for name in names}
+
+
+def split_blocks(sizes: Mapping[str, int], steps: int, samples: int) -> list[dict[str, int]]:
+    """Blocks that are recorded together, each with the samples to record of it, :data:`MOST_BYTES` in all.
+
+    How many samples a block gets depends on its own size alone.
+
+    Args:
+        sizes: bytes of each block's call, in one evaluation.
+        samples: wanted; at least one is recorded.
+    """
+    groups: list[dict[str, int]] = []
+    used = 0
+    for name, size in sizes.items():
+        own = max(1, min(samples, MOST_BYTES // (size * steps)))
+        taken = size * steps * own
+        if not groups or used + taken > MOST_BYTES:
+            groups.append({})
+            used = 0
+        groups[-1][name] = own
+        used += taken
+    return groups
+
+
+def whole_output(output: Any) -> Tensor:
+    """All that a block passes on; the streams of text and picture of a joint block end to end, ``[N, L + S, D]``."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([tensor for tensor in tensors if isinstance(tensor, Tensor)], dim=1)
+
+
+class _Recorder:
+    """The calls of one block, as they come."""
+
+    def __init__(self, evaluations: int) -> None:
+        self._evaluations = evaluations
+        self._done = 0
+        self.calls: BlockCalls | None = None
+
+    def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, rows: int) -> None:
+        """Keep the first ``rows`` of a call."""
+        new = BlockCalls(args, kwargs, output)
+        if self.calls is None:
+            self.calls = BlockCalls(
+                tuple(self._room(value) for value in args),
+                {key: self._room(value) for key, value in kwargs.items()},
+                self._room(output),
+            )
+        for kept, value in zip(self.calls.tensors, new.tensors, strict=True):
+            kept[self._done : self._done + rows] = value[:rows]
+        self._done += rows
+
+    def _room(self, value: Any) -> Any:
+        # contiguous: PyTorch's backward of GroupNorm crashes on channels-last inputs without a gradient (2.13, CPU)
+        return value.new_empty((self._evaluations, *value.shape[1:])) if isinstance(value, Tensor) else value
+
+
+def _recorded(
+    network: nn.Module, samples: Mapping[str, int], trajectories: Trajectories, batch: int
+) -> dict[str, BlockCalls]:
+    """The calls of blocks over the first ``samples`` of each, all samples of a step after each other."""
+    recorders = {name: _Recorder(count * len(trajectories.timesteps)) for name, count in samples.items()}
+    most = max(samples.values())
+    for step in range(len(trajectories.timesteps)):
+        for first in range(0, most, batch):
+            rows = slice(first, min(first + batch, most))
+            see = {
+                name: _keeping(recorders[name], min(rows.stop, count) - first)
+                for name, count in samples.items()
+                if first < count
+            }
+            with _calls_seen(network, see):
+                _evaluate(network, trajectories, step, rows)
+    return {name: recorder.calls for name, recorder in recorders.items() if recorder.calls is not None}
+
+
+def _keeping(recorder: _Recorder, rows: int) -> See:
+    return lambda args, kwargs, output: recorder.note(args, kwargs, output, rows)
+
+
+def _evaluate(network: nn.Module, trajectories: Trajectories, step: int, rows: slice) -> None:
+    device = next(network.parameters()).device
+    conditioning = {key: value[rows].to(device) for key, value in trajectories.conditioning.items()}
+    with torch.no_grad():
+        x, timestep = trajectories.inputs[step, rows], trajectories.timesteps[step]
+        predict(network, x.to(device), timestep.to(device), conditioning)
+
+
+@contextmanager
+def _calls_seen(network: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
+    """The first call of each named block goes to its ``see``; the evaluation in the block ends after the last one."""
+    left = set(see)
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if name in left:
+                left.remove(name)
+                see[name](args, kwargs, whole_output(output))
+            if not left:
+                raise _AllSeen
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in see]
+    try:
+        with suppress(_AllSeen):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
