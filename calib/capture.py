@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
+from calib.moments import Moments
 from calib.trajectories import Trajectories
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
@@ -47,6 +49,11 @@ class LayerInputs:
     patches: Tensor
     step: Tensor
     extrema: Extrema
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of the patches."""
+        return Moments(self.patches)
 
     def to(self, device: torch.device) -> "LayerInputs":
         low, high = self.extrema.low.to(device), self.extrema.high.to(device)

@@ -30,7 +30,7 @@ class Range(NamedTuple):
 
 def round_through(x: Tensor) -> Tensor:
     """Half-to-even rounding whose gradient is the identity (straight-through estimator)."""
-    return x + (x.round() - x).detach()
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def choose_qparams(span: Range, bits: int, scheme: Scheme = "asymmetric") -> QParams:

@@ -16,14 +16,13 @@ from calib.les import LesResult, LesSettings, fit_les
 from calib.metrics import decibels
 from calib.ranges import activation_range, clip_range, quantized_patches
 from calib.recipe import Recipe
-from calib.rounding import dequantized_weight, output_error, round_weight
+from calib.rounding import dequantized_weight, learned_gain, round_weight
 from calib.weight_grid import grid_qparams, minmax_qparams
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.seeds import stream_seed
 
 LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at
-GAIN_OUTPUTS = 64  # output channels that the gain of learned rounding is estimated on
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def equivalent_scaling(layers: Sequence[FloatLayer], inputs: LayerInputs, recipe
         inputs,
         settings,
         static=recipe.scales == "static",
-        rounding_gain=_rounding_gain(spec, weight, inputs) if wanted else 1.0,
+        rounding_gain=learned_gain(spec, weight, inputs.moments) if wanted else 1.0,
         seed=stream_seed(recipe.seed, "les", first.name),
     )
 
@@ -97,7 +96,7 @@ def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les:
     learned = recipe.rounding != "nearest"
     scaled = scaled_weight(spec, weight, les.tau)
     weight_qparams = _weight_qparams(spec, scaled, recipe)
-    codes = round_weight(spec, scaled, weight_qparams, inputs.patches, learned=learned, tau=les.tau)
+    codes = round_weight(spec, scaled, weight_qparams, inputs.moments, learned=learned, tau=les.tau)
     few = inputs.thinned(LOOKED_AT)
     activation = _activation_qparams(spec, scaled, few, les.tau, recipe)
     rounded = dequantized_weight(spec, codes, weight_qparams)
@@ -120,20 +119,6 @@ def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les:
         **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, few.step, activation)),
     }
     return LayerFit(layer, report)
-
-
-def _rounding_gain(spec: LayerSpec, weight: Tensor, inputs: LayerInputs) -> float:
-    """Output error of learned rounding over that of rounding to nearest, both on min-max ranges, of some outputs."""
-    if spec.groups == 1 and spec.out_channels > GAIN_OUTPUTS:
-        weight = weight[:: spec.out_channels // GAIN_OUTPUTS]
-        spec = replace(spec, out_channels=len(weight))
-    qparams = minmax_qparams(spec, weight)
-    nearest, learned = (
-        dequantized_weight(spec, round_weight(spec, weight, qparams, inputs.patches, learned=how), qparams)
-        for how in (False, True)
-    )
-    before = output_error(spec, weight, nearest, inputs.patches)
-    return min(output_error(spec, weight, learned, inputs.patches) / before, 1.0) if before else 1.0
 
 
 def _weight_qparams(spec: LayerSpec, scaled: Tensor, recipe: Recipe) -> QParams:

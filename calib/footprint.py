@@ -79,7 +79,8 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     columns = columns_of(spec)
     chunk = min(columns, CHUNK)
     patches = capture_bytes(spec, evaluations)
-    rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + 7 * spec.out_channels * columns)
+    weights = spec.out_channels * (5 * columns + 12 * chunk)
+    rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + weights)
     learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
     return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
 

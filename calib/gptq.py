@@ -4,14 +4,31 @@ Optimal Brain Surgeon as in GPTQ (Frantar et al. 2023), columns in order of fall
 coordinate descent on the same quadratic: seconds where AdaRound takes hours, from the same second moments.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, quantize
+from calib.fake_quant import QParams, dequantize, quantize
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 BLOCK = 64  # columns between updates of all the columns to come
 SWEEPS = 2  # of coordinate descent
+
+
+class _Columns(NamedTuple):
+    """A weight ``[O, n]`` and the scale and zero point of each of its numbers, column by column: ``[n, O]``."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def at(self, k: int) -> tuple[Tensor, QParams]:
+        """Column ``k``, and what quantizes it."""
+        return self.weight[k], QParams(self.scale[k], self.zero_point[k])
+
+    def ordered(self, order: Tensor) -> "_Columns":
+        return _Columns(*(values[order] for values in self))
 
 
 def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
@@ -23,13 +40,12 @@ def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> 
         moments: ``X X^T``, ``[n, n]``.
     """
     damped, _ = _damped(moments)
+    columns = _Columns(*(values.T.contiguous() for values in (weight, *qparams)))
     order = damped.diagonal().argsort(descending=True, stable=True)
-    back = order.argsort()
-    ordered = QParams(qparams.scale[:, order], qparams.zero_point[:, order])
-    codes = _surgeon(weight[:, order], ordered, damped[order][:, order], bits)[:, back]
+    codes = _surgeon(columns.ordered(order), damped[order][:, order], bits)[order.argsort()]
     for _ in range(SWEEPS):
-        codes = _sweep(weight, codes, qparams, damped, bits)
-    return codes
+        _sweep(columns, codes, damped, bits)
+    return codes.T.contiguous()
 
 
 def compensation(moments: Tensor, correlation: Tensor) -> Tensor:
@@ -51,49 +67,45 @@ def _damped(moments: Tensor) -> tuple[Tensor, Tensor]:
     return damped, unit
 
 
-def _surgeon(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
-    """Round column by column, spreading each column's error over the columns to its right."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    rest, codes = weight.clone(), torch.empty_like(weight)
-    columns = weight.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = torch.empty_like(rest[:, start:stop])
-        for i in range(start, stop):
-            scale, zero_point = qparams.scale[:, i], qparams.zero_point[:, i]
-            codes[:, i] = quantize(rest[:, i], QParams(scale, zero_point), bits)
-            error = (rest[:, i] - scale * (codes[:, i] - zero_point)) / upper[i, i]
-            rest[:, i:stop] -= error[:, None] * upper[i, i:stop]
-            errors[:, i - start] = error
-        rest[:, stop:] -= errors @ upper[start:stop, stop:]
+def _surgeon(columns: _Columns, moments: Tensor, bits: int) -> Tensor:
+    """Codes ``[n, O]``: column by column, each moved first to where it best makes up for the errors of those before.
+
+    With ``H = (1 + U) D (1 + U)^T``, ``U`` strictly upper triangular, column ``k`` moves by ``(W - W^) U[:, k]``: what
+    Optimal Brain Surgeon does (Chee et al. 2023, QuIP, theorem 6), without the inverse of ``H``.
+    """
+    feedback = _unit_upper(moments)
+    codes, errors = torch.empty_like(columns.weight), torch.empty_like(columns.weight)
+    for start in range(0, len(codes), BLOCK):
+        block = slice(start, start + BLOCK)
+        moved = columns.weight[block] + feedback[:start, block].T @ errors[:start]
+        for i, k in enumerate(range(len(codes))[block]):
+            weight, qparams = columns.at(k)
+            codes[k] = quantize(torch.addmv(moved[i], errors[start:k].T, feedback[start:k, k]), qparams, bits)
+            errors[k] = weight - dequantize(codes[k], qparams)
     return codes
 
 
-def _sweep(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
-    """Set each column in turn to its best codes given all the others; never increases the error.
+def _unit_upper(moments: Tensor) -> Tensor:
+    """``1 + U`` of ``H = (1 + U) D (1 + U)^T``: Cholesky's factor of the matrix read backwards."""
+    lower: Tensor = torch.linalg.cholesky(moments.flip(0, 1))
+    lower /= lower.diagonal().clone()
+    return lower.flip(0, 1)
+
+
+def _sweep(columns: _Columns, codes: Tensor, moments: Tensor, bits: int) -> None:
+    """Set each column's ``codes [n, O]`` in turn to the best given all the others; never increases the error.
 
     The gradient is kept up to date within a block of columns, and over all columns once per block: the same steps,
     with most of the work in matrix products.
     """
-    codes = codes.clone()
-    gradient = (weight - qparams.scale * (codes - qparams.zero_point)) @ moments
-    for start in range(0, weight.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, weight.shape[1]))
-        own = QParams(*(values[:, block] for values in qparams))
-        changes = _sweep_block(codes[:, block], gradient[:, block].clone(), own, moments[block, block], bits)
-        gradient -= changes @ moments[block]
-    return codes
-
-
-def _sweep_block(codes: Tensor, gradient: Tensor, qparams: QParams, moments: Tensor, bits: int) -> Tensor:
-    """Sweep some columns, changing their ``codes [O, b]`` in place; returns the changes of the weights."""
-    changes = torch.empty_like(gradient)
-    for i in range(codes.shape[1]):
-        column = QParams(qparams.scale[:, i], qparams.zero_point[:, i])
-        current = column.scale * (codes[:, i] - column.zero_point)
-        best = quantize(current + gradient[:, i] / moments[i, i], column, bits)
-        changes[:, i] = column.scale * (best - codes[:, i])
-        codes[:, i] = best
-        gradient -= changes[:, i, None] * moments[i]
-    return changes
+    gradient = moments @ (columns.weight - dequantize(codes, QParams(columns.scale, columns.zero_point)))
+    changes = torch.empty_like(codes)
+    for start in range(0, len(codes), BLOCK):
+        block = slice(start, start + BLOCK)
+        for k in range(len(codes))[block]:
+            _, qparams = columns.at(k)
+            own = torch.addmv(gradient[k], changes[start:k].T, moments[start:k, k], alpha=-1)
+            current = dequantize(codes[k], qparams)
+            codes[k] = quantize(current + own / moments[k, k], qparams, bits)
+            changes[k] = dequantize(codes[k], qparams) - current
+        gradient -= moments[:, block] @ changes[block]

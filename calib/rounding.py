@@ -5,17 +5,20 @@ from torch import Tensor
 
 from calib.fake_quant import QParams, dequantize, quantize
 from calib.gptq import compensation, gptq_codes
-from calib.layer_op import product, weight_columns, weight_matrix
+from calib.layer_op import weight_columns, weight_matrix
+from calib.moments import Moments
+from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
 CHUNK = 3456  # 384 channels of a 3x3 convolution: moments of 46 MiB
+GAIN_OUTPUTS = 64  # output channels that the gain of learned rounding is estimated on
 
 
 def round_weight(
     spec: LayerSpec,
     weight: Tensor,
     qparams: QParams,
-    patches: Tensor,
+    moments: Moments,
     *,
     learned: bool,
     tau: Tensor | None = None,
@@ -25,9 +28,9 @@ def round_weight(
 
     Args:
         qparams: ``[P, O]``.
-        patches: of ``x``, ``[M, C, K]``; they decide only if ``learned``.
+        moments: of the layer's patches; they decide only if ``learned``.
         learned: by second moments (:mod:`calib.gptq`) instead of to nearest.
-        tau: what ``x`` is divided by, ``[C]``; None for nothing.
+        tau: what the patches are divided by, ``[C]``; None for nothing.
         chunk: columns whose second moments are held at once.
     """
     matrix = weight_matrix(spec, weight)
@@ -37,44 +40,62 @@ def round_weight(
     rows, channels = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     codes = []
     for group in range(spec.groups):
-        outputs, inputs = slice(group * rows, (group + 1) * rows), slice(group * channels, (group + 1) * channels)
+        outputs = slice(group * rows, (group + 1) * rows)
         own = QParams(*(values[outputs] for values in columns))
-        x = patches[:, inputs]
-        divisor = None if tau is None else tau[inputs]
-        codes.append(_rounded(matrix[outputs], own, x, divisor, spec.bits.weight, chunk))
+        codes.append(_rounded(matrix[outputs], own, moments, group * channels, tau, spec.bits.weight, chunk))
     return torch.cat(codes).view(weight.shape)
 
 
-def _rounded(matrix: Tensor, qparams: QParams, x: Tensor, tau: Tensor | None, bits: int, chunk: int) -> Tensor:
+def _rounded(
+    matrix: Tensor, qparams: QParams, moments: Moments, first: int, tau: Tensor | None, bits: int, chunk: int
+) -> Tensor:
     """Codes ``[O, C, K]``, some channels after the other; each chunk makes up for the errors of those before it.
 
     The chunk's weights are first moved to where they best cancel the output error so far, ``W_b + H_b^-1 X_b^T R``.
+
+    Args:
+        first: which of the layer's channels is the matrix's first.
     """
-    width = max(1, chunk // matrix.shape[2])
+    width, end = max(1, chunk // matrix.shape[2]), matrix.shape[1]
     codes, residual = torch.empty_like(matrix), None
-    for start in range(0, matrix.shape[1], width):
-        channels = slice(start, start + width)
-        flat = (x[:, channels] if tau is None else x[:, channels] / tau[channels, None]).flatten(1)
-        part = matrix[:, channels].flatten(1)
-        columns = QParams(*(values[:, channels].flatten(1) for values in qparams))
-        moments = flat.T @ flat
-        wanted = part if residual is None else part + compensation(moments, flat.T @ residual).T
-        found = gptq_codes(wanted, columns, moments, bits)
-        codes[:, channels] = found.view_as(codes[:, channels])
-        if start + width < matrix.shape[1]:
-            error = flat @ (part - dequantize(found, columns)).T
+    for start in range(0, end, width):
+        own = slice(start, min(start + width, end))
+        channels = slice(first + own.start, first + own.stop)
+        part = matrix[:, own].flatten(1)
+        columns = QParams(*(values[:, own].flatten(1) for values in qparams))
+        of_channels, wanted = moments.of(channels, tau), part
+        if residual is not None:
+            wanted = part + compensation(of_channels, moments.columns(channels, tau).T @ residual).T
+        found = gptq_codes(wanted, columns, of_channels, bits)
+        codes[:, own] = found.view_as(codes[:, own])
+        if own.stop < end:
+            error = moments.columns(channels, tau) @ (part - dequantize(found, columns)).T
             residual = error if residual is None else residual + error
     return codes
+
+
+def learned_gain(spec: LayerSpec, weight: Tensor, moments: Moments) -> float:
+    """Squared output error of learned rounding over that of rounding to nearest, both on min-max ranges, at most 1.
+
+    Estimated on some outputs and on the channels of the first chunk (of the first group).
+    """
+    rows, channels = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+    matrix, qparams = weight_matrix(spec, weight), minmax_qparams(spec, weight)
+    outputs = slice(0, rows, max(1, rows // GAIN_OUTPUTS))
+    first = slice(0, min(channels, max(1, CHUNK // matrix.shape[2])))
+    wide = (weight_columns(spec, values).expand_as(matrix) for values in qparams)
+    part, *columns = (values[outputs, first].flatten(1) for values in (matrix, *wide))
+    own, of_channels = QParams(*columns), moments.of(first)
+
+    def error(codes: Tensor) -> float:
+        lost = part - dequantize(codes, own)
+        return float((lost @ of_channels * lost).sum())
+
+    before = error(quantize(part, own, spec.bits.weight))
+    return min(error(gptq_codes(part, own, of_channels, spec.bits.weight)) / before, 1.0) if before > 0 else 1.0
 
 
 def dequantized_weight(spec: LayerSpec, codes: Tensor, qparams: QParams) -> Tensor:
     """``w^ = s_w * (q_w - z_w)`` in the shape of ``codes [O, C / groups, *kernel]``."""
     columns = QParams(*(weight_columns(spec, values) for values in qparams))
     return dequantize(weight_matrix(spec, codes), columns).view(codes.shape)
-
-
-def output_error(spec: LayerSpec, weight: Tensor, rounded: Tensor, x: Tensor) -> float:
-    """Squared output error of ``rounded`` against ``weight`` over the patches ``x``, as a share of the output's."""
-    target = product(spec, x, weight_matrix(spec, weight))
-    error = product(spec, x, weight_matrix(spec, rounded - weight))
-    return float(error.square().sum() / target.square().sum().clamp(min=torch.finfo(x.dtype).tiny))

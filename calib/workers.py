@@ -38,9 +38,12 @@ class FitTask:
         seconds = {}
         start = time.perf_counter()
         with one_thread(self.device):
-            les = equivalent_scaling(self.layers, self._inputs(self.layers[0]), self.recipe)
+            inputs = self._inputs(self.layers[0])
+            les = equivalent_scaling(self.layers, inputs, self.recipe)
             for layer in self.layers:
-                fit_layer(layer, self._inputs(layer), self.recipe, les).save(self.work)
+                if layer is not self.layers[0]:
+                    inputs = self._inputs(layer)
+                fit_layer(layer, inputs, self.recipe, les).save(self.work)
                 seconds[layer.spec.name] = time.perf_counter() - start
                 start = time.perf_counter()
         return seconds

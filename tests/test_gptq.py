@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.fake_quant import QParams, dequantize, quantize
-from calib.gptq import BLOCK, DAMPING, SWEEPS, _sweep, gptq_codes
+from calib.gptq import BLOCK, DAMPING, SWEEPS, _Columns, _sweep, gptq_codes
 
 SEEDS = st.integers(0, 2**16)
 
@@ -108,7 +108,9 @@ def test_a_sweep_never_increases_the_error_whatever_it_starts_from(seed: int, co
     qparams = random_qparams(seed, weight, bits)
     codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, (6, columns)).astype(float))
     before = quadratic_error(weight, codes, qparams, moments)
-    after = quadratic_error(weight, _sweep(weight, codes, qparams, moments, bits), qparams, moments)
+    swept = codes.T.contiguous()
+    _sweep(_Columns(weight.T, qparams.scale.T, qparams.zero_point.T), swept, moments, bits)
+    after = quadratic_error(weight, swept.T, qparams, moments)
     assert (after <= before * (1 + 1e-9)).all()
 
 

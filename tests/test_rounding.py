@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from layers import SPECS, conv2d, linear, random_input, random_layer
-from reference import along, dequantize_weight, operate
+from layers import SPECS, conv2d, linear, random_layer
+from reference import along, dequantize_weight
 
+import calib.rounding
 from calib.fake_quant import QParams
 from calib.gptq import gptq_codes
-from calib.layer_op import draw_positions, take_patches, weight_columns, weight_matrix
-from calib.rounding import dequantized_weight, output_error, round_weight
+from calib.layer_op import product, weight_columns, weight_matrix
+from calib.moments import Moments
+from calib.rounding import dequantized_weight, learned_gain, round_weight
 from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
@@ -24,6 +26,11 @@ def correlated_patches(spec: LayerSpec, seed: int = 0, count: int = 300) -> torc
     taps = int(np.prod(spec.kernel))
     x = rng.standard_normal((count, spec.in_channels, taps)) + 2 * rng.standard_normal((count, 1, 1))
     return torch.from_numpy(x)
+
+
+def output_error(spec: LayerSpec, weight: torch.Tensor, rounded: torch.Tensor, x: torch.Tensor) -> float:
+    """Squared, summed over patches and outputs."""
+    return float(product(spec, x, weight_matrix(spec, rounded - weight)).square().sum())
 
 
 def numpy_nearest(spec: LayerSpec, weight: np.ndarray, qparams: QParams) -> np.ndarray:
@@ -41,7 +48,7 @@ def test_nearest_equals_numpy(name: str) -> None:
     weight = random_weight(spec)
     scale, zero_point = minmax_qparams(spec, weight)
     qparams = QParams(scale * 0.7, zero_point)  # some weights are out of reach
-    codes = round_weight(spec, weight, qparams, correlated_patches(spec), learned=False)
+    codes = round_weight(spec, weight, qparams, Moments(correlated_patches(spec)), learned=False)
     np.testing.assert_array_equal(codes, numpy_nearest(spec, weight.numpy(), qparams))
 
 
@@ -50,7 +57,7 @@ def test_learned_codes_are_integers_in_range_and_lose_less_on_the_patches(name: 
     spec = SPECS[name]
     weight, x = random_weight(spec), correlated_patches(spec)
     qparams = minmax_qparams(spec, weight)
-    learned, nearest = (round_weight(spec, weight, qparams, x, learned=how) for how in (True, False))
+    learned, nearest = (round_weight(spec, weight, qparams, Moments(x), learned=how) for how in (True, False))
     assert learned.shape == weight.shape
     assert torch.equal(learned, learned.round().clamp(0, 2**spec.bits.weight - 1))
     errors = [output_error(spec, weight, dequantized_weight(spec, codes, qparams), x) for codes in (learned, nearest)]
@@ -63,11 +70,11 @@ def test_each_group_is_rounded_as_a_layer_of_its_own(groups: int) -> None:
     alone = conv2d(parts=(6 // groups,), out_channels=6 // groups)
     weight, x = random_weight(spec), correlated_patches(spec)
     qparams = minmax_qparams(spec, weight)
-    codes = round_weight(spec, weight, qparams, x, learned=True)
+    codes = round_weight(spec, weight, qparams, Moments(x), learned=True)
     for group in range(groups):
         rows = slice(group * (6 // groups), (group + 1) * (6 // groups))
         own = QParams(*(values[:, rows] for values in qparams))
-        assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, x[:, rows], learned=True))
+        assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, Moments(x[:, rows]), learned=True))
 
 
 WIDE = [linear(parts=(64,), out_channels=32), linear(parts=(24, 40), out_channels=16), conv2d(parts=(16,))]
@@ -83,8 +90,8 @@ def test_rounding_in_chunks_makes_up_for_the_chunks_before(spec: LayerSpec) -> N
     def error(codes: torch.Tensor) -> float:
         return output_error(spec, weight, dequantized_weight(spec, codes, qparams), x)
 
-    whole = error(round_weight(spec, weight, qparams, x, learned=True))
-    chunked = error(round_weight(spec, weight, qparams, x, learned=True, chunk=width * taps))
+    whole = error(round_weight(spec, weight, qparams, Moments(x), learned=True))
+    chunked = error(round_weight(spec, weight, qparams, Moments(x), learned=True, chunk=width * taps))
     columns = QParams(*(weight_columns(spec, values).expand_as(weight_matrix(spec, weight)) for values in qparams))
     alone = []
     for start in range(0, spec.in_channels, width):
@@ -103,10 +110,10 @@ def test_tau_divides_the_patches() -> None:
     weight, x = random_weight(spec), correlated_patches(spec)
     tau = torch.tensor([0.5, 2.0, 1.0, 4.0], dtype=x.dtype)
     qparams = minmax_qparams(spec, weight)
-    inside = round_weight(spec, weight, qparams, x, learned=True, tau=tau)
-    outside = round_weight(spec, weight, qparams, x / tau[:, None], learned=True)
+    inside = round_weight(spec, weight, qparams, Moments(x), learned=True, tau=tau)
+    outside = round_weight(spec, weight, qparams, Moments(x / tau[:, None]), learned=True)
     assert torch.equal(inside, outside)
-    assert not torch.equal(inside, round_weight(spec, weight, qparams, x, learned=True))
+    assert not torch.equal(inside, round_weight(spec, weight, qparams, Moments(x), learned=True))
 
 
 def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None:
@@ -114,8 +121,8 @@ def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None
     weight, x = random_weight(spec).float(), correlated_patches(spec).float()
     x[:, 2] = 0
     qparams = minmax_qparams(spec, weight)
-    codes = round_weight(spec, weight, qparams, x, learned=True)
-    assert torch.equal(codes[2], round_weight(spec, weight, qparams, x, learned=False)[2])
+    codes = round_weight(spec, weight, qparams, Moments(x), learned=True)
+    assert torch.equal(codes[2], round_weight(spec, weight, qparams, Moments(x), learned=False)[2])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -126,23 +133,49 @@ def test_dequantized_weights_equal_the_oracle(name: str) -> None:
     np.testing.assert_array_equal(weight, dequantize_weight(layer))
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_the_output_error_is_the_operators(name: str) -> None:
-    """Over all output positions of an input, patches drawn or not: a constant input has one patch only."""
-    spec = SPECS[name]
-    if spec.kind != "linear":
-        spec = conv2d(**{**vars(spec), "padding": (0,) * len(spec.padding)})
-    x = np.ones_like(random_input(spec), np.float64) * np.arange(1, spec.in_channels + 1).reshape(
-        along(np.ones(spec.in_channels), 3 if spec.kind == "linear" else 2 + len(spec.kernel), spec.channel_axis).shape
+def rounding_gain(spec: LayerSpec, weight: torch.Tensor, x: torch.Tensor) -> float:
+    """Of the layer's whole output."""
+    qparams = minmax_qparams(spec, weight)
+    learned, nearest = (
+        output_error(
+            spec,
+            weight,
+            dequantized_weight(spec, round_weight(spec, weight, qparams, Moments(x), learned=how), qparams),
+            x,
+        )
+        for how in (True, False)
     )
-    weight, other = random_weight(spec), random_weight(spec, 1)
-    target, changed = (operate(spec, x, w.numpy()) for w in (weight, other))
-    patches = take_patches(spec, torch.from_numpy(x), draw_positions(spec, x.shape, 3, torch.Generator()))
-    expected = ((changed - target) ** 2).sum() / (target**2).sum()
-    assert output_error(spec, weight, other, patches) == pytest.approx(expected, rel=1e-9)
+    return learned / nearest
 
 
-def test_equal_weights_have_no_output_error() -> None:
-    weight, x = random_weight(linear()), correlated_patches(linear())
-    assert output_error(linear(), weight, weight.clone(), x) == 0
-    assert output_error(linear(), weight, weight.clone(), 0 * x) == 0
+@pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].groups == 1])
+def test_the_gain_is_what_learned_rounding_takes_off_the_output_error(name: str) -> None:
+    spec = SPECS[name]
+    weight, x = random_weight(spec), correlated_patches(spec)
+    gain = learned_gain(spec, weight, Moments(x))
+    assert gain == pytest.approx(rounding_gain(spec, weight, x), rel=1e-9)
+    assert gain < 0.9
+
+
+def test_the_gain_of_a_grouped_layer_is_that_of_its_first_group() -> None:
+    spec, alone = conv2d(parts=(6,), groups=2), conv2d(parts=(3,), out_channels=3)
+    weight, x = random_weight(spec), correlated_patches(spec)
+    first = learned_gain(alone, weight[:3], Moments(x[:, :3]))
+    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(first, rel=1e-9)
+
+
+def test_the_gain_of_a_wide_layer_is_that_of_some_outputs_and_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calib.rounding, "CHUNK", 20)
+    monkeypatch.setattr(calib.rounding, "GAIN_OUTPUTS", 4)
+    spec, some = linear(parts=(30,), out_channels=12), linear(parts=(20,), out_channels=4)
+    weight, x = random_weight(spec), correlated_patches(spec)
+    weight[:, 20:] *= 0.1  # so that the channels left out do not stretch the ranges
+    expected = learned_gain(some, weight[::3, :20], Moments(x[:, :20]))
+    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_nothing_lost_is_nothing_gained() -> None:
+    spec = linear()
+    weight, x = random_weight(spec), correlated_patches(spec)
+    assert learned_gain(spec, weight, Moments(0 * x)) == 1.0
+    assert learned_gain(spec, 0 * weight, Moments(x)) == 1.0
