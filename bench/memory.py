@@ -2,11 +2,12 @@
 
     python bench/memory.py              # a UNet of LDM-4's shape, 274 M parameters: an hour on two busy cores
     python bench/memory.py --small      # 17 M parameters: two minutes
+    python bench/memory.py --adaround   # AdaRound after it
 
 The model has random weights. Few samples and steps are drawn, which changes the time and not the peak: that is the
-largest layer's fit or the check, whichever is more. ``--max-memory`` is three times the float32 weights, or 2 GiB where
-that is more (a process with PyTorch alone takes half a GiB). Exits with 1 above the limit, or where
-the plan was more than a quarter off.
+largest layer's fit, the check or, if asked for, AdaRound's largest block, whichever is most. ``--max-memory`` is three
+times the float32 weights, or 2 GiB where that is more (a process with PyTorch alone takes half a GiB). Exits with 1
+above the limit, or where the plan was more than a quarter off.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def dmq_export(*arguments: str) -> tuple[dict[str, object], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--adaround", action="store_true", help="two iterations of each block")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -71,6 +73,7 @@ def main() -> None:
         limit = max(3 * weights, 2 * 2**30)
         arguments = ["calibrate", str(folder / "model"), "-o", str(folder / "out"), *SETTINGS]
         arguments += ["--workers=1", f"--max-memory={limit}"]
+        arguments += ["--rounding=adaround", "--round-iters=2"] if options.adaround else []
         plan, _ = dmq_export(*arguments, "--dry-run")
         print(f"weights {in_words(weights)}, --max-memory {in_words(limit)}", flush=True)
         print(f"plan: {plan['layers']} layers, {in_words(float(str(plan['memory_bytes'])))}", flush=True)
