@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from calib.adaround import BATCH
 from calib.capture import Extrema, LayerInputs, columns_of, patch_rows
 from calib.fit import FloatLayer, equivalent_scaling, fit_layer
 from calib.footprint import evaluate_zeros
@@ -60,22 +61,32 @@ def stage_seconds(
     if recipe.pts_layers != "none":
         estimates["PTS votes"] = rows * recipe.steps * evaluation * 1.2
     if recipe.rounding == "adaround":
-        # every iteration runs one block forth and back, 32 evaluations at a time; all blocks make up the network
-        estimates["AdaRound"] = 32 * recipe.round_iterations * evaluation * 3
+        # every iteration runs one block forth and back, some evaluations at a time; all blocks make up the network
+        estimates["AdaRound"] = BATCH * recipe.round_iterations * evaluation * 3
     return estimates
 
 
-def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe, evaluations: int) -> list[float]:
-    """Per layer, from a short fit of one of them on random numbers."""
-    smaller = [spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS]
-    probe = max(smaller, key=columns_of) if smaller else min(specs, key=columns_of)
-    iteration, rest = _probe(source, probe, recipe)
-    per_number, per_operation = iteration / _iteration_numbers(probe, recipe), rest / _rounding_operations(probe)
+def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe) -> list[float]:
+    """Per layer, from short fits of a narrow and a wide one of them on random numbers."""
+    narrow = min(specs, key=columns_of)
+    wide = max((spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS), key=columns_of, default=narrow)
+    probes = {spec: _probe(source, spec, recipe) for spec in (narrow, wide)}
+    iteration = _line([(_iteration_numbers(spec, recipe), seconds) for spec, (seconds, _) in probes.items()])
+    # columns are rounded one after the other, and what is multiplied for each grows with the layer
+    column = _line([(_operations(spec), seconds / _loops(spec)) for spec, (_, seconds) in probes.items()])
     return [
-        recipe.les_iterations * per_number * _iteration_numbers(spec, recipe)
-        + per_operation * _rounding_operations(spec)
+        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + _loops(spec) * column(_operations(spec))
         for spec in specs
     ]
+
+
+def _line(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """Through two points, rising from no less than zero; through zero and the last point where they say otherwise."""
+    (x, y), (far, high) = points[0], points[-1]
+    slope = (high - y) / (far - x) if far > x else 0.0
+    if slope <= 0 or y < slope * x:
+        return lambda at: at * high / far
+    return lambda at: y + slope * (at - x)
 
 
 def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
@@ -107,8 +118,12 @@ def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
 
 
-def _rounding_operations(spec: LayerSpec) -> int:
-    """What rounding a layer takes: moments, factors, and the columns one by one."""
-    columns = columns_of(spec)
-    chunk = min(columns, CHUNK)
-    return spec.groups * columns * chunk * (patch_rows(spec) + chunk + 3 * spec.out_channels)
+def _loops(spec: LayerSpec) -> int:
+    """Columns that are rounded one after the other."""
+    return spec.groups * columns_of(spec)
+
+
+def _operations(spec: LayerSpec) -> int:
+    """What is multiplied for a column: moments, factors, and what it moves in the other columns."""
+    chunk = min(columns_of(spec), CHUNK)
+    return chunk * (patch_rows(spec) + chunk + 3 * spec.out_channels)

@@ -124,7 +124,7 @@ def make_plan(
     evaluations = rows * recipe.steps
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
     passes = split_passes(families, evaluations, _disk_limit(limits, work))
-    fits = fit_seconds(source, specs, recipe, evaluations)
+    fits = fit_seconds(source, specs, recipe)
     bytes_held, limit = footprint(source, surveyed, recipe, told), _memory_limit(limits)
     batch = batch or next((b for b in BATCHES if bytes_held.evaluating(b) <= limit), 1)
     _require_room(source, bytes_held.peak(batch, 1), batch, limit)
