@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -50,7 +51,7 @@ def save_model(folder: Path, shape: str) -> int:
     return sum(4 * parameter.numel() for parameter in network.parameters())
 
 
-def dmq_export(*arguments: str) -> tuple[dict[str, object], int]:
+def dmq_export(*arguments: str) -> tuple[dict[str, Any], int]:
     """The command's result, and the most memory its process held."""
     command = [sys.executable, "-m", "dmq_export", *arguments]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
@@ -76,12 +77,15 @@ def main() -> None:
         arguments += ["--rounding=adaround", "--round-iters=2"] if options.adaround else []
         plan, _ = dmq_export(*arguments, "--dry-run")
         print(f"weights {in_words(weights)}, --max-memory {in_words(limit)}", flush=True)
-        print(f"plan: {plan['layers']} layers, {in_words(float(str(plan['memory_bytes'])))}", flush=True)
+        print(f"plan: {plan['layers']} layers, {in_words(plan['memory_bytes'])}", flush=True)
         start = time.perf_counter()
         result, peak = dmq_export(*arguments)
-    error = float(str(plan["memory_bytes"])) / peak - 1
+    error = plan["memory_bytes"] / peak - 1
     print(f"peak: {in_words(peak)}, {peak / weights:.2f} x the weights; the plan was {100 * error:+.0f} % off")
-    print(f"{time.perf_counter() - start:.0f} s: {result['seconds']}")
+    took = time.perf_counter() - start
+    print(f"took {took:.0f} s, planned {sum(plan['seconds'].values()):.0f} s")
+    for stage, seconds in result["seconds"].items():
+        print(f"  {stage}: {seconds:.0f} s, planned {plan['seconds'].get(stage, 0):.0f} s")
     sys.exit(peak > limit or abs(error) > 0.25)
 
 
