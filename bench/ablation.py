@@ -27,7 +27,7 @@ import calib.fit
 from calib.calibrate import calibrated
 from calib.capture import LayerInputs
 from calib.denoiser import reference_denoiser
-from calib.les import LesResult, LesSettings
+from calib.les import LesResult, LesSettings, fit_les
 from calib.model import SourceModel, load_model
 from calib.plan import Limits
 from calib.recipe import Recipe, recipe_from
@@ -113,7 +113,7 @@ def scores_of(task: Task) -> dict[str, Score]:
     """Every recipe, one after the other."""
     torch.set_num_threads(1)
     source = load_model(BUNDLED / "digits", torch.device("cpu"))
-    calib.fit.fit_les = remembering(calib.fit.fit_les)
+    calib.fit.fit_les = remembering(fit_les)  # type: ignore[attr-defined]
     recipes = {name: recipe for title in task.tables for name, recipe in task.recipes(title).items()}
     scores = {}
     for name, recipe in recipes.items():

@@ -24,13 +24,13 @@ from calib.denoiser import TorchDenoiser
 from calib.reference import load_reference, perturbed
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.drawing import Arrays, SampleSettings, draw_samples, labels_conditioning
-from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
+from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
 from dmq_export.progress import Progress
 from dmq_export.table import table
 
 Array = NDArray[np.float32]
 CPU = torch.device("cpu")
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "openvino")
 
 
 def float_trajectory(engine: Engine, settings: SampleSettings) -> tuple[list[tuple[Array, float, Arrays]], Array]:

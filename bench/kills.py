@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from random_unet import save_unet
 
 from dmq_export.checkpoint import FACTS, TENSORS
 
@@ -29,8 +28,8 @@ SETTINGS = ["--samples=20", "--steps=3", "--les-iters=10", "--rounding=adaround"
 
 def save_model(folder: Path) -> None:
     """A UNet with attention and random weights, 40 quantized layers."""
-    torch.manual_seed(0)
-    network = UNet2DModel(
+    save_unet(
+        folder,
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -41,8 +40,6 @@ def save_model(folder: Path) -> None:
         norm_num_groups=4,
         attention_head_dim=8,
     )
-    network.save_pretrained(folder / "unet")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
 
 
 def start(model: Path, output: Path) -> subprocess.Popen[bytes]:

@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from random_unet import save_unet
 
 from dmq_export.memory import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["--samples=2", "--steps=2", "--les-iters=10", "--pts-layers=skip", "--json"]
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "LDM-4": {"sample_size": 64, "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2},
     "small": {"sample_size": 32, "block_out_channels": (64, 128, 192, 256), "layers_per_block": 1},
 }
@@ -37,8 +36,8 @@ SHAPES = {
 
 def save_model(folder: Path, shape: str) -> int:
     """Write the model; bytes of its float32 weights."""
-    torch.manual_seed(0)
-    network = UNet2DModel(
+    return save_unet(
+        folder,
         in_channels=3,
         out_channels=3,
         attention_head_dim=32,
@@ -46,9 +45,6 @@ def save_model(folder: Path, shape: str) -> int:
         up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
         **SHAPES[shape],
     )
-    network.save_pretrained(folder / "unet")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    return sum(4 * parameter.numel() for parameter in network.parameters())
 
 
 def dmq_export(*arguments: str) -> tuple[dict[str, Any], int]:

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from numpy.typing import NDArray
+from random_unet import save_unet
 
-from calib.calibrate import Limits, calibrated
+from calib.calibrate import calibrated
 from calib.model import load_model
+from calib.plan import Limits
 from calib.recipe import Recipe
 from calib.survey import survey
 from dmq_export.bits import Bits
@@ -46,16 +47,15 @@ Inputs = dict[str, NDArray[Any]]
 
 def save_model(folder: Path) -> None:
     """A pipeline folder of random weights at 32x32."""
-    torch.manual_seed(0)
-    UNet2DModel(
+    save_unet(
+        folder,
         sample_size=32,
         in_channels=4,
         out_channels=4,
         block_out_channels=CHANNELS,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ).save_pretrained(folder / "unet")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
+    )
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:
@@ -169,7 +169,7 @@ def measure(models: dict[str, bytes], size: int, batch: int, seconds: float, thr
         engines["OpenVINO bfloat16"] = openvino_engine(models["float"], "bf16", inputs, threads)
         engines[base] = onnxruntime_engine(models["float"], inputs, threads)
     times = turns(engines, seconds)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, each in times.items():
         faster = f"{np.median(times[base] / each):.2f}" if base in times else ""
         share = f"{np.median(each / times['OpenVINO int8']):.3f}"

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_unet import UNet2DModel, save_unet
 from torch import Tensor, nn
 
 from calib.calibrate import calibrated
@@ -107,9 +108,7 @@ class _Stopwatch:
 
 def unconditional_model(folder: Path) -> None:
     """The bundled model told "no label" for good, as an unconditional diffusers model in ``folder``."""
-    from diffusers import UNet2DModel
-
-    labelled = load_model(BUNDLED / "digits", torch.device("cpu")).network
+    labelled: Any = load_model(BUNDLED / "digits", torch.device("cpu")).network
     config = {key: value for key, value in labelled.config.items() if not key.startswith("_")}
     free = UNet2DModel(**(config | {"num_class_embeds": None})).eval()
     tensors = labelled.state_dict()
@@ -124,18 +123,16 @@ def unconditional_model(folder: Path) -> None:
 
 def stress_model(folder: Path) -> None:
     """A UNet of random weights whose layers are as wide as those of real models."""
-    from diffusers import DDIMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    UNet2DModel(
+    save_unet(
+        folder,
+        steps_offset=1,  # the published code knows timesteps 1 to 1000
         sample_size=32,
         block_out_channels=(128, 256, 256),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
-    ).save_pretrained(folder / "unet")
-    DDIMScheduler(steps_offset=1).save_pretrained(folder / "scheduler")  # the published code knows timesteps 1 to 1000
+    )
 
 
 MODELS = {"bundled": unconditional_model, "stress": stress_model}
@@ -231,9 +228,9 @@ class _Clock:
 
 def _let_import(folder: Path) -> None:
     sys.path[:0] = [str(folder), str(folder / "stable-diffusion")]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
-    nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment, method-assign]
-    torch.cuda.max_memory_reserved = lambda *_: 0  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.cuda.max_memory_reserved = lambda *_: 0
 
 
 class _Multiplier(float):
@@ -253,7 +250,7 @@ def _published_unet(source: SourceModel) -> nn.Module:
     """
     import ldm.modules.diffusionmodules.util as blocks
 
-    config = source.network.config
+    config: Any = source.network.config
     blocks.normalization = lambda channels: blocks.GroupNorm32(config.norm_num_groups, channels)
     import ldm.modules.diffusionmodules.openaimodel as unet
 
@@ -332,7 +329,7 @@ def _map_attention(to: Any, source: Any) -> None:
     to.proj_out.bias.copy_(source.to_out[0].bias)
 
 
-def _put(to: nn.Module, source: nn.Module) -> None:
+def _put(to: Any, source: Any) -> None:
     to.weight.copy_(source.weight)
     to.bias.copy_(source.bias)
 
@@ -352,9 +349,9 @@ def _calibrate_published(
     for name in ("layer_reconstruction", "block_reconstruction"):
         setattr(stages, name, clock.reconstruction(getattr(stages, name)))
     bits = Bits.parse(run.bits)
-    weights = {"bits": bits.weight, "channel_wise": True, "scaler": Scaler.MSE, "init": True}
+    weights: dict[str, Any] = {"bits": bits.weight, "channel_wise": True, "scaler": Scaler.MSE, "init": True}
     steps = len(calibration.timesteps)
-    activations = {"bits": bits.activation, "channel_wise": False, "use_aq": True, "dynamic": True}
+    activations: dict[str, Any] = {"bits": bits.activation, "channel_wise": False, "use_aq": True, "dynamic": True}
     activations |= {"total_steps": steps, "symmetric": False, "ratio_threshold": 0.85}
     torch.manual_seed(123 + run.seed)
     np.random.seed(123 + run.seed)

@@ -60,7 +60,9 @@ def seconds_of(engine: Engine, settings: SampleSettings, clock: Clock) -> tuple[
     config, name = engine.facts.config, settings.scheduler
     conditioning = Conditioning(made_up(str(config.get("_class_name")), config, engine.inputs, settings.count))
     own = Ddim if name == "ddim" else getattr(diffusers, SCHEDULERS[str(name)])
-    metered = {method: scheduler.timed(getattr(own, method)) for method in ("step", "scale_model_input")}
+    metered: dict[str, Any] = {
+        method: scheduler.timed(getattr(own, method)) for method in ("step", "scale_model_input")
+    }
     with patch.multiple(own, **metered):
         timed = replace(engine, denoise=inside.timed(engine.denoise))
         whole.timed(draw_samples)(timed, settings, Progress(show=False), conditioning)

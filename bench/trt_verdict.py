@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +81,18 @@ def verdict(checkpoint_folder: Path, folder: Path) -> bool:
     engines = {name: TensorRtDenoiser(folder / f"{name}.plan") for name in ("int8", "float16")}
     rows, good = [], True
     for step, timestep in enumerate(probe.timesteps):
-        given = (probe.sample[step], float(timestep))
-        expected = portable(*given, **probe.conditioning)
-        found = engines["int8"](*given, **probe.conditioning)
+        x, t = probe.sample[step], float(timestep)
+        expected = portable(x, t, **probe.conditioning)
+        found = engines["int8"](x, t, **probe.conditioning)
         drift = rms_ratio(found - expected, expected)
         error = rms_ratio(expected - probe.prediction[step], probe.prediction[step])
         good &= drift <= error
         rows.append((f"{timestep:g}", f"{drift:.1e}", f"{error:.1e}", "yes" if drift <= error else "NO"))
     print(table(("timestep", "TensorRT to portable", "portable to float", "below it"), rows, right=(0, 1, 2)))
-    arguments = (probe.sample[0], float(probe.timesteps[0]))
-    medians = _medians({name: lambda e=e: e(*arguments, **probe.conditioning) for name, e in engines.items()})
+    x, t = probe.sample[0], float(probe.timesteps[0])
+    medians = _medians({name: partial(engine, x, t, **probe.conditioning) for name, engine in engines.items()})
     speed = [(name, f"{1e3 * seconds:.2f} ms") for name, seconds in medians.items()]
-    print(table(("engine", f"median of {ROUNDS}, batch {len(arguments[0])}"), speed, right=(1,)))
+    print(table(("engine", f"median of {ROUNDS}, batch {len(x)}"), speed, right=(1,)))
     print(f"int8 is {medians['float16'] / medians['int8']:.2f} times as fast as float16 of the same graph")
     counts = read_facts(folder / "int8.plan").layers
     print(f"int8 engine: {', '.join(f'{count} {kind}' for kind, count in counts.items())} layers")
