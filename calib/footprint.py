@@ -79,8 +79,9 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     columns = columns_of(spec)
     chunk = min(columns, CHUNK)
     patches = capture_bytes(spec, evaluations)
-    weights = spec.out_channels * (5 * columns + 12 * chunk)
-    rounding = FLOAT * (6 * chunk**2 + 2 * patch_rows(spec) * chunk + weights)
+    weights, outputs = spec.out_channels * (5 * columns + 12 * chunk), 2 * patch_rows(spec) * spec.out_channels
+    # the chunk's patches are gone when its moments are factored
+    rounding = FLOAT * (max(6 * chunk**2, 2 * chunk**2 + 2 * patch_rows(spec) * chunk) + outputs + weights)
     learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
     return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
 
