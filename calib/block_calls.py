@@ -61,8 +61,8 @@ class CallRecorder:
     def __init__(
         self, network: nn.Module, names: Sequence[str], trajectories: Trajectories, *, evaluations: int, batch: int
     ) -> None:
-        self._network, self._names, self._trajectories, self._batch = network, names, trajectories, batch
-        self._samples = min(trajectories.inputs.shape[1], max(1, evaluations // len(trajectories.timesteps)))
+        self._network, self._names, self._trajectories = network, names, trajectories
+        self._evaluations, self._batch = evaluations, batch
         self._held: dict[str, BlockCalls] = {}
 
     @cached_property
@@ -71,7 +71,8 @@ class CallRecorder:
         sizes = call_bytes(
             self._network, self._names, lambda: _evaluate(self._network, self._trajectories, 0, slice(0, 1))
         )
-        return split_blocks(sizes, len(self._trajectories.timesteps), self._samples)
+        steps, samples = self._trajectories.inputs.shape[:2]
+        return split_blocks(sizes, steps, samples, self._evaluations)
 
     def take(self, name: str) -> BlockCalls:
         """The calls of one block, which are forgotten here."""
@@ -97,19 +98,21 @@ def call_bytes(network: nn.Module, names: Sequence[str], evaluate: Callable[[], 
     return {name: sizes[name] for name in names}
 
 
-def split_blocks(sizes: Mapping[str, int], steps: int, samples: int) -> list[dict[str, int]]:
+def split_blocks(sizes: Mapping[str, int], steps: int, samples: int, evaluations: int) -> list[dict[str, int]]:
     """Blocks that are recorded together, each with the samples to record of it, :data:`MOST_BYTES` in all.
 
     How many samples a block gets depends on its own size alone.
 
     Args:
         sizes: bytes of each block's call, in one evaluation.
-        samples: wanted; at least one is recorded.
+        samples: there are.
+        evaluations: wanted of each block, in whole samples; at least one is recorded.
     """
+    wanted = min(samples, max(1, evaluations // steps))
     groups: list[dict[str, int]] = []
     used = 0
     for name, size in sizes.items():
-        own = max(1, min(samples, MOST_BYTES // (size * steps)))
+        own = max(1, min(wanted, MOST_BYTES // (size * steps)))
         taken = size * steps * own
         if not groups or used + taken > MOST_BYTES:
             groups.append({})

@@ -102,15 +102,17 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
     layer = FloatLayer(spec, weight, None)
 
     def fit(iterations: int) -> float:
+        once, anew = replace(recipe, les_iterations=iterations), replace(inputs)  # which has no moments yet
         start = time.perf_counter()
-        once = replace(recipe, les_iterations=iterations)
-        fit_layer(layer, inputs, once, equivalent_scaling([layer], inputs, once))
+        fit_layer(layer, anew, once, equivalent_scaling([layer], anew, once))
         return time.perf_counter() - start
 
     with one_thread(weight.device):
-        fit(1)  # the first time is slower
-        without = fit(0)
-        return max(fit(PROBE_ITERATIONS) - without, 0.0) / PROBE_ITERATIONS, without
+        least = min(recipe.les_iterations, 1)  # without any, the gain of learned rounding is not estimated either
+        fit(least)  # the first time is slower
+        short = fit(least)
+        iteration = max(fit(least + PROBE_ITERATIONS) - short, 0.0) / PROBE_ITERATIONS
+        return iteration, max(short - least * iteration, 0.0)
 
 
 def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:

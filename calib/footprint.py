@@ -91,7 +91,7 @@ def rounding_bytes(source: SourceModel, surveyed: Survey, recipe: Recipe, told: 
     names = [block.name for block in surveyed.blocks]
     sizes = call_bytes(source.network, names, lambda: evaluate_zeros(source, told, 1))
     samples = recipe.samples * (2 if told.unconditional else 1)
-    groups = split_blocks(sizes, recipe.steps, min(samples, max(1, recipe.round_samples // recipe.steps)))
+    groups = split_blocks(sizes, recipe.steps, samples, recipe.round_samples)
     calls = max(sum(sizes[name] * recipe.steps * count for name, count in group.items()) for group in groups)
     weights = {spec.name: spec.weight_count for spec in surveyed.coverage.quantized}
     outputs = _output_bytes(source, names, told)

@@ -11,7 +11,8 @@ from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
 CHUNK = 3456  # 384 channels of a 3x3 convolution: moments of 46 MiB
-GAIN_OUTPUTS = 64  # output channels that the gain of learned rounding is estimated on
+GAIN_OUTPUTS = 64  # output channels that the gain of learned rounding is estimated on, in each of
+GAIN_GROUPS = 8  # groups
 
 
 def round_weight(
@@ -77,22 +78,27 @@ def _rounded(
 def learned_gain(spec: LayerSpec, weight: Tensor, moments: Moments) -> float:
     """Squared output error of learned rounding over that of rounding to nearest, both on min-max ranges, at most 1.
 
-    Estimated on some outputs and on the channels of the first chunk (of the first group).
+    Estimated on some outputs, of some groups, and on the channels of the first chunk.
     """
     rows, channels = spec.out_channels // spec.groups, spec.in_channels // spec.groups
-    matrix, qparams = weight_matrix(spec, weight), minmax_qparams(spec, weight)
-    outputs = slice(0, rows, max(1, rows // GAIN_OUTPUTS))
-    first = slice(0, min(channels, max(1, CHUNK // matrix.shape[2])))
-    wide = (weight_columns(spec, values).expand_as(matrix) for values in qparams)
-    part, *columns = (values[outputs, first].flatten(1) for values in (matrix, *wide))
-    own, of_channels = QParams(*columns), moments.of(first)
+    matrix = weight_matrix(spec, weight)
+    columns = [weight_columns(spec, values).expand_as(matrix) for values in minmax_qparams(spec, weight)]
+    width = min(channels, max(1, CHUNK // matrix.shape[2]))
+    learned = nearest = 0.0
+    for group in range(0, spec.groups, max(1, spec.groups // GAIN_GROUPS)):
+        outputs = slice(group * rows, (group + 1) * rows, max(1, rows // GAIN_OUTPUTS))
+        part, *own = (values[outputs, :width].flatten(1) for values in (matrix, *columns))
+        of_channels = moments.of(slice(group * channels, group * channels + width))
+        qparams, bits = QParams(*own), spec.bits.weight
+        learned += _quadratic(part, gptq_codes(part, qparams, of_channels, bits), qparams, of_channels)
+        nearest += _quadratic(part, quantize(part, qparams, bits), qparams, of_channels)
+    return min(learned / nearest, 1.0) if nearest > 0 else 1.0
 
-    def error(codes: Tensor) -> float:
-        lost = part - dequantize(codes, own)
-        return float((lost @ of_channels * lost).sum())
 
-    before = error(quantize(part, own, spec.bits.weight))
-    return min(error(gptq_codes(part, own, of_channels, spec.bits.weight)) / before, 1.0) if before > 0 else 1.0
+def _quadratic(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor) -> float:
+    """``|| (W - W^) X ||^2``, all ``[O, n]``."""
+    lost = weight - dequantize(codes, qparams)
+    return float((lost @ moments * lost).sum())
 
 
 def dequantized_weight(spec: LayerSpec, codes: Tensor, qparams: QParams) -> Tensor:

@@ -125,20 +125,26 @@ def test_no_more_evaluations_than_asked_for_are_recorded(
     assert len(recorder(network, trajectories, evaluations=evaluations).take("pair").output) == STEPS * samples
 
 
-@given(st.dictionaries(st.text(min_size=1), st.integers(1, 1000), min_size=1), st.integers(1, 9), st.integers(1, 99))
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 1000), min_size=1),
+    st.integers(1, 9),
+    st.integers(1, 99),
+    st.integers(1, 500),
+)
 def test_every_block_is_in_one_group_and_its_samples_depend_on_its_size_alone(
-    sizes: dict[str, int], steps: int, samples: int
+    sizes: dict[str, int], steps: int, samples: int, evaluations: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calib.block_calls, "MOST_BYTES", 10_000)
-        groups = split_blocks(sizes, steps, samples)
-        alone = {name: split_blocks({name: size}, steps, samples)[0][name] for name, size in sizes.items()}
+        groups = split_blocks(sizes, steps, samples, evaluations)
+        alone = {name: split_blocks({name: size}, steps, samples, evaluations)[0][name] for name, size in sizes.items()}
     assert [name for group in groups for name in group] == list(sizes)
     for group in groups:
         assert len(group) == 1 or sum(sizes[name] * steps * count for name, count in group.items()) <= 10_000
         for name, count in group.items():
             assert count == alone[name]
             assert 1 <= count <= samples
+            assert count == 1 or count * steps <= evaluations
 
 
 def test_picked_rows_are_of_all_tensors() -> None:

@@ -148,7 +148,7 @@ def rounding_gain(spec: LayerSpec, weight: torch.Tensor, x: torch.Tensor) -> flo
     return learned / nearest
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].groups == 1])
+@pytest.mark.parametrize("name", SPECS)
 def test_the_gain_is_what_learned_rounding_takes_off_the_output_error(name: str) -> None:
     spec = SPECS[name]
     weight, x = random_weight(spec), correlated_patches(spec)
@@ -157,11 +157,13 @@ def test_the_gain_is_what_learned_rounding_takes_off_the_output_error(name: str)
     assert gain < 0.9
 
 
-def test_the_gain_of_a_grouped_layer_is_that_of_its_first_group() -> None:
-    spec, alone = conv2d(parts=(6,), groups=2), conv2d(parts=(3,), out_channels=3)
+def test_the_gain_of_many_groups_is_that_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calib.rounding, "GAIN_GROUPS", 2)
+    spec, some = conv2d(parts=(12,), out_channels=12, groups=4), conv2d(parts=(6,), out_channels=6, groups=2)
     weight, x = random_weight(spec), correlated_patches(spec)
-    first = learned_gain(alone, weight[:3], Moments(x[:, :3]))
-    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(first, rel=1e-9)
+    rows = [0, 1, 2, 6, 7, 8]  # of the first and the third group
+    expected = learned_gain(some, weight[rows], Moments(x[:, rows]))
+    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_gain_of_a_wide_layer_is_that_of_some_outputs_and_channels(monkeypatch: pytest.MonkeyPatch) -> None:
