@@ -9,7 +9,7 @@ import torch
 
 from calib.adaround import BATCH
 from calib.capture import Extrema, LayerInputs, columns_of, patch_rows
-from calib.fit import FloatLayer, equivalent_scaling, fit_layer
+from calib.fit import LOOKED_AT, LOOKED_OUTPUTS, FloatLayer, equivalent_scaling, fit_layer
 from calib.footprint import evaluate_zeros
 from calib.les import OUTPUTS
 from calib.model import SourceModel
@@ -21,6 +21,7 @@ from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
 PROBE_COLUMNS, PROBE_ITERATIONS = 1200, 8
+CLIPPING = 16  # how often about clipping and the report multiply what they look at
 TIMED, LONG = 3, 2.0
 
 
@@ -72,10 +73,9 @@ def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe)
     wide = max((spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS), key=columns_of, default=narrow)
     probes = {spec: _probe(source, spec, recipe) for spec in (narrow, wide)}
     iteration = _line([(_iteration_numbers(spec, recipe), seconds) for spec, (seconds, _) in probes.items()])
-    # columns are rounded one after the other, and what is multiplied for each grows with the layer
-    column = _line([(_operations(spec), seconds / _loops(spec)) for spec, (_, seconds) in probes.items()])
+    rest = _line([(_rounding_operations(spec), seconds) for spec, (_, seconds) in probes.items()])
     return [
-        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + _loops(spec) * column(_operations(spec))
+        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + rest(_rounding_operations(spec))
         for spec in specs
     ]
 
@@ -120,12 +120,9 @@ def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
 
 
-def _loops(spec: LayerSpec) -> int:
-    """Columns that are rounded one after the other."""
-    return spec.groups * columns_of(spec)
-
-
-def _operations(spec: LayerSpec) -> int:
-    """What is multiplied for a column: moments, factors, and what it moves in the other columns."""
-    chunk = min(columns_of(spec), CHUNK)
-    return chunk * (patch_rows(spec) + chunk + 3 * spec.out_channels)
+def _rounding_operations(spec: LayerSpec) -> int:
+    """What rounding a layer takes: moments, factors, the columns one by one; and what clipping looks at."""
+    columns = columns_of(spec)
+    chunk = min(columns, CHUNK)
+    rounding = spec.groups * columns * chunk * (patch_rows(spec) + chunk + 3 * spec.out_channels)
+    return rounding + CLIPPING * LOOKED_AT * min(spec.out_channels, LOOKED_OUTPUTS)

@@ -22,7 +22,8 @@ from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.seeds import stream_seed
 
-LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at
+LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at,
+LOOKED_OUTPUTS = 128  # and outputs
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les:
     scaled = scaled_weight(spec, weight, les.tau)
     weight_qparams = _weight_qparams(spec, scaled, recipe)
     codes = round_weight(spec, scaled, weight_qparams, inputs.moments, learned=learned, tau=les.tau)
-    few = inputs.thinned(LOOKED_AT)
-    activation = _activation_qparams(spec, scaled, few, les.tau, recipe)
+    few, some = inputs.thinned(LOOKED_AT), _some_outputs(spec)
+    fewer = replace(spec, out_channels=len(scaled[some]))
+    activation = _activation_qparams(fewer, scaled[some], few, les.tau, recipe)
     rounded = dequantized_weight(spec, codes, weight_qparams)
     layer = QuantizedLayer(
         spec=spec,
@@ -116,9 +118,14 @@ def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les:
         "tau": [float(les.tau.min()), float(les.tau.max())],
         "step_loss": les.step_loss.tolist(),
         "step_weight": les.step_weight.tolist(),
-        **_sqnr(spec, scaled, rounded, x, quantized_patches(spec, x, few.step, activation)),
+        **_sqnr(fewer, scaled[some], rounded[some], x, quantized_patches(spec, x, few.step, activation)),
     }
     return LayerFit(layer, report)
+
+
+def _some_outputs(spec: LayerSpec) -> slice:
+    """Evenly spaced, about :data:`LOOKED_OUTPUTS`; all of a grouped layer."""
+    return slice(None, None, 1 if spec.groups > 1 else max(1, spec.out_channels // LOOKED_OUTPUTS))
 
 
 def _weight_qparams(spec: LayerSpec, scaled: Tensor, recipe: Recipe) -> QParams:

@@ -10,9 +10,12 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 
 import calib.duration
-from calib.duration import _line, fit_seconds
+from calib.capture import columns_of, patch_rows
+from calib.duration import CLIPPING, _line, fit_seconds
+from calib.fit import LOOKED_AT
 from calib.model import SourceModel, load_model
 from calib.recipe import Recipe
+from calib.rounding import CHUNK
 from dmq_export.layer import LayerSpec
 
 POSITIVE = st.floats(0.01, 100)
@@ -38,16 +41,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
     return load_model(save_small_model(tmp_path_factory.mktemp("small")), torch.device("cpu"))
 
 
-def test_wider_layers_take_longer_by_what_they_multiply(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [linear(parts=(64,)), conv2d(parts=(64,)), conv2d(parts=(640,))]
+def test_a_layer_takes_a_moment_and_what_it_multiplies(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [
+        linear(parts=(64,), out_channels=8),
+        conv2d(parts=(64,), out_channels=8),
+        linear(parts=(9000,), out_channels=8),
+    ]
+
+    def operations(spec: LayerSpec) -> float:
+        columns = columns_of(spec)
+        chunk = min(columns, CHUNK)
+        return columns * chunk * (patch_rows(spec) + chunk + 3 * 8) + CLIPPING * LOOKED_AT * 8
 
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
-        """A second per thousand columns, and as much again where they are many."""
-        columns = spec.in_channels * (9 if spec.kind == "conv2d" else 1)
-        return 1e-3, columns * 1e-3 * (1 if columns < 100 else 2)
+        return 1e-4 * columns_of(spec), 0.3 + 1e-10 * operations(spec)
 
     monkeypatch.setattr(calib.duration, "_probe", probe)
-    narrow, wide, wider = fit_seconds(source, specs, replace(TINY_RECIPE, les_iterations=0))
-    assert narrow == pytest.approx(0.064)
-    assert wide == pytest.approx(2 * 0.576)
-    assert wider > 10 * wide
+    without, recipe = replace(TINY_RECIPE, les_iterations=0), replace(TINY_RECIPE, les_iterations=50)
+    found = fit_seconds(source, specs, without)
+    assert found == pytest.approx([0.3 + 1e-10 * operations(spec) for spec in specs])
+    learned = [more - less for more, less in zip(fit_seconds(source, specs, recipe), found, strict=True)]
+    assert learned == pytest.approx([50 * 1e-4 * columns_of(spec) for spec in specs])

@@ -11,6 +11,7 @@ from layers import SPECS, conv2d, linear
 from reference import dequantize_input, dequantize_weight, operate, quantize_input
 from torch import nn
 
+import calib.fit
 from calib.capture import Extrema, LayerInputs
 from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
 from calib.layer_op import weight_of
@@ -250,3 +251,18 @@ def test_layers_of_one_input_share_a_scaling_that_serves_both() -> None:
     fits = [fit_layer(layer, inputs, recipe, shared) for layer in layers]
     assert np.array_equal(fits[0].layer.tau, fits[1].layer.tau)
     assert not np.array_equal(fits[0].layer.codes, fits[1].layer.codes)
+
+
+def test_clipping_and_the_report_look_at_some_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calib.fit, "LOOKED_OUTPUTS", 4)
+    spec, alone = linear(parts=(16,), out_channels=8), linear(parts=(16,), out_channels=4)
+    inputs, weight = inputs_of(spec), weight_of(module_of(spec))
+    recipe = Recipe(les_iterations=0, rounding="nearest")
+    whole, half = (
+        fit_layer(layer, inputs, recipe, equivalent_scaling([layer], inputs, recipe))
+        for layer in (FloatLayer(spec, weight, None), FloatLayer(alone, weight[::2], None))
+    )
+    assert np.array_equal(whole.layer.scale, half.layer.scale)
+    assert np.array_equal(whole.layer.zero_point, half.layer.zero_point)
+    assert whole.report["output_db"] == half.report["output_db"]
+    assert whole.layer.codes.shape == (8, 16)
