@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import calib.block_calls
-from calib.block_calls import BlockCalls, CallRecorder, call_bytes, split_blocks, whole_output
+from calib.block_calls import BlockCalls, CallRecorder, _recorded, call_bytes, split_blocks, whole_output
 from calib.trajectories import Trajectories
 
 SAMPLES = 5
@@ -164,3 +164,10 @@ def test_a_joint_block_is_judged_by_both_of_its_streams() -> None:
     assert whole_output((None, picture)).shape == picture.shape  # SD3's last block passes no text on
     assert whole_output({"sample": picture}).shape == picture.shape
     assert whole_output(picture) is picture
+
+
+def test_blocks_of_one_group_keep_their_own_number_of_samples(network: Network, trajectories: Trajectories) -> None:
+    found = _recorded(network, {"gain": 5, "pair": 3}, trajectories, batch=2)  # pair: two samples, then one of two
+    for name, samples in (("gain", 5), ("pair", 3)):
+        for kept, wanted in zip(found[name].tensors, expected(trajectories, samples)[name], strict=True):
+            torch.testing.assert_close(kept, wanted)
