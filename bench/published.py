@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from published_code import Denoise, FittingClock, Settings, calibrated_as_published, let_import, published_unet
+from published_code import Denoise, FittingClock, calibrated_as_published, let_import, published_unet
 from random_unet import UNet2DModel, save_unet
 
 from calib.calibrate import calibrated
@@ -151,11 +151,10 @@ def published(run: Run) -> Outcome:
     calibration = _trajectories(source, recipe, "trajectories", recipe.samples)
     let_import(Path(run.published))
     network = published_unet(source)
-    settings = Settings(recipe.bits, run.seed, run.samples, run.les, run.rounding)
     clock = FittingClock()
     stopwatch = _Stopwatch()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        denoise = calibrated_as_published(network, calibration, settings, clock, Path(scratch) / "published.pth")
+        denoise = calibrated_as_published(network, calibration, recipe, clock, Path(scratch) / "published.pth")
     taken = stopwatch.read()
     les, rounding = clock.fitting["les"], clock.fitting["round"]
     more = les * (PUBLISHED_LES / run.les - 1) + rounding * (PUBLISHED_ROUND / run.rounding - 1)

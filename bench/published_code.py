@@ -9,7 +9,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from calib.model import SourceModel
+from calib.recipe import Recipe
 from calib.trajectories import Trajectories
-from dmq_export.bits import Bits
 
 SAME_MAPPING = 1e-4  # of the prediction: the two networks add in another order
 
 Denoise = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the published code is asked for.
-
-    Attributes:
-        les: iterations of equivalent scaling.
-        rounding: iterations of AdaRound per block.
-    """
-
-    bits: Bits
-    seed: int
-    samples: int
-    les: int
-    rounding: int
 
 
 class FittingClock:
@@ -179,7 +162,7 @@ def _put(to: Any, source: Any) -> None:
 
 
 def calibrated_as_published(
-    network: nn.Module, calibration: Trajectories, settings: Settings, clock: FittingClock, scratch: Path
+    network: nn.Module, calibration: Trajectories, recipe: Recipe, clock: FittingClock, scratch: Path
 ) -> Denoise:
     """Run the published calibration as its own scripts do; the calibrated network as a function."""
     import quant.calibration as stages
@@ -192,13 +175,13 @@ def calibrated_as_published(
     fits.save_inout = clock.caching(fits.save_inout)
     for name in ("layer_reconstruction", "block_reconstruction"):
         setattr(stages, name, clock.reconstruction(getattr(stages, name)))
-    bits = settings.bits
+    bits = recipe.bits
     weights: dict[str, Any] = {"bits": bits.weight, "channel_wise": True, "scaler": Scaler.MSE, "init": True}
     steps = len(calibration.timesteps)
     activations: dict[str, Any] = {"bits": bits.activation, "channel_wise": False, "use_aq": True, "dynamic": True}
     activations |= {"total_steps": steps, "symmetric": False, "ratio_threshold": 0.85}
-    torch.manual_seed(123 + settings.seed)
-    np.random.seed(123 + settings.seed)
+    torch.manual_seed(123 + recipe.seed)
+    np.random.seed(123 + recipe.seed)
     model = QuantModel(
         model=copy.deepcopy(network),
         wq_params=weights,
@@ -208,18 +191,18 @@ def calibrated_as_published(
         use_split=True,
     ).eval()
     inputs = calibration.inputs.flatten(0, 1)
-    timesteps = calibration.timesteps.long().repeat_interleave(settings.samples)
+    timesteps = calibration.timesteps.long().repeat_interleave(recipe.samples)
     model, found = stages.cali_model(
         qnn=model,
         use_aq=True,
         path=str(scratch),
         running_stat=True,
-        interval=settings.samples,
+        interval=recipe.samples,
         lr=1e-3,
         lr_les=1e-3,
         cali_data=(inputs, timesteps),
-        iters=settings.rounding,
-        iters_scale=settings.les,
+        iters=recipe.round_iterations,
+        iters_scale=recipe.les_iterations,
         batch_size=32,
         w=0.01,
         asym=True,

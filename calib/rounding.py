@@ -35,7 +35,7 @@ def round_weight(
         chunk: columns whose second moments are held at once.
     """
     matrix = weight_matrix(spec, weight)
-    columns = QParams(*(weight_columns(spec, values).expand_as(matrix) for values in qparams))
+    columns = _columns(spec, qparams, matrix)
     if not learned:
         return quantize(matrix, columns, spec.bits.weight).view(weight.shape)
     rows, channels = spec.out_channels // spec.groups, spec.in_channels // spec.groups
@@ -82,21 +82,26 @@ def learned_gain(spec: LayerSpec, weight: Tensor, moments: Moments) -> float:
     """
     rows, channels = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     matrix = weight_matrix(spec, weight)
-    columns = [weight_columns(spec, values).expand_as(matrix) for values in minmax_qparams(spec, weight)]
+    columns = _columns(spec, minmax_qparams(spec, weight), matrix)
     width = min(channels, max(1, CHUNK // matrix.shape[2]))
     learned = nearest = 0.0
     for group in range(0, spec.groups, max(1, spec.groups // GAIN_GROUPS)):
         outputs = slice(group * rows, (group + 1) * rows, max(1, rows // GAIN_OUTPUTS))
-        part, *own = (values[outputs, :width].flatten(1) for values in (matrix, *columns))
+        part = matrix[outputs, :width].flatten(1)
+        qparams, bits = QParams(*(values[outputs, :width].flatten(1) for values in columns)), spec.bits.weight
         of_channels = moments.of(slice(group * channels, group * channels + width))
-        qparams, bits = QParams(*own), spec.bits.weight
         learned += _quadratic(part, gptq_codes(part, qparams, of_channels, bits), qparams, of_channels)
         nearest += _quadratic(part, quantize(part, qparams, bits), qparams, of_channels)
     return min(learned / nearest, 1.0) if nearest > 0 else 1.0
 
 
+def _columns(spec: LayerSpec, qparams: QParams, matrix: Tensor) -> QParams:
+    """``[P, O]`` as one value for each of the matrix ``[O, C / groups, K]``."""
+    return QParams(*(weight_columns(spec, values).expand_as(matrix) for values in qparams))
+
+
 def _quadratic(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor) -> float:
-    """``|| (W - W^) X ||^2``, all ``[O, n]``."""
+    """``|| (W - W^) X ||^2`` of weights ``[O, n]``, from ``X X^T [n, n]``."""
     lost = weight - dequantize(codes, qparams)
     return float((lost @ moments * lost).sum())
 
