@@ -22,29 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_unet import save_unet
+from random_unet import LDM_4, SMALL_LDM, save_unet
 
 from dmq_export.memory import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["--samples=2", "--steps=2", "--les-iters=10", "--pts-layers=skip", "--json"]
-SHAPES: dict[str, dict[str, Any]] = {
-    "LDM-4": {"sample_size": 64, "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2},
-    "small": {"sample_size": 32, "block_out_channels": (64, 128, 192, 256), "layers_per_block": 1},
-}
-
-
-def save_model(folder: Path, shape: str) -> int:
-    """Write the model; bytes of its float32 weights."""
-    return save_unet(
-        folder,
-        in_channels=3,
-        out_channels=3,
-        attention_head_dim=32,
-        down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
-        up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
-        **SHAPES[shape],
-    )
 
 
 def dmq_export(*arguments: str) -> tuple[dict[str, Any], int]:
@@ -66,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        weights = save_model(folder / "model", "small" if options.small else "LDM-4")
+        weights = save_unet(folder / "model", **(SMALL_LDM if options.small else LDM_4))
         limit = max(3 * weights, 2 * 2**30)
         arguments = ["calibrate", str(folder / "model"), "-o", str(folder / "out"), *SETTINGS]
         arguments += ["--workers=1", f"--max-memory={limit}"]

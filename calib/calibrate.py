@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from calib.check import probe_of
+from calib.device import device_name, own_device, reproducible
 from calib.model import SourceModel, load_model
 from calib.plan import Limits, Plan, make_plan
-from calib.ranks import Ranks, own_device, torchrun_ranks
+from calib.ranks import Ranks, torchrun_ranks
 from calib.recipe import Recipe
 from calib.stages import Stages
 from calib.survey import Survey, survey
@@ -25,7 +26,7 @@ from calib.work import WorkFolder, open_work, started_with
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
-from dmq_export.memory import peak_memory
+from dmq_export.memory import peak_memory, peaks
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
 from dmq_export.schedulers import build_scheduler
@@ -56,8 +57,8 @@ def calibrate(
         DmqError: bad input; nothing is written then.
     """
     require_place(output, replace_existing=fresh)
-    with torchrun_ranks() as ranks:
-        limits = replace(limits, device=own_device(limits.device))
+    limits = replace(limits, device=own_device(limits.device))
+    with torchrun_ranks() as ranks, reproducible(limits.device, limits.memory):
         source = load_model(model, limits.device, sample_size=recipe.sample_size)
         surveyed = _survey(source, recipe, strict=strict)
         folder = work_folder(output)
@@ -70,7 +71,7 @@ def calibrate(
                 save_checkpoint(checkpoint, output, run=_run_facts(progress, plan), replace_existing=fresh)
                 shutil.rmtree(folder)
             ranks.wait()
-        progress.note("done", checkpoint=str(output), seconds=progress.seconds, peak_memory_bytes=peak_memory())
+        progress.note("done", checkpoint=str(output), seconds=progress.seconds, **peaks())
         return checkpoint
 
 
@@ -82,9 +83,10 @@ def planned(
     Raises:
         DmqError: as :func:`calibrate`, as far as can be seen beforehand.
     """
-    source = load_model(model, limits.device, sample_size=recipe.sample_size)
-    surveyed = _survey(source, recipe, strict=strict)
-    return surveyed, _plan(source, surveyed, recipe, limits, work_folder(output), fresh=fresh)
+    with reproducible(limits.device, limits.memory):
+        source = load_model(model, limits.device, sample_size=recipe.sample_size)
+        surveyed = _survey(source, recipe, strict=strict)
+        return surveyed, _plan(source, surveyed, recipe, limits, work_folder(output), fresh=fresh)
 
 
 def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress) -> Checkpoint:
@@ -93,7 +95,7 @@ def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Li
     Raises:
         DmqError: the recipe does not suit the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, reproducible(limits.device, limits.memory):
         plan = make_plan(source, surveyed, recipe, limits, Path(folder))
         work = WorkFolder(Path(folder))
         return _checkpoint(Stages(source, surveyed, recipe, plan, limits.device, progress, work, Ranks()))
@@ -141,7 +143,7 @@ def _fingerprint(source: SourceModel, recipe: Recipe, plan: Plan, limits: Limits
         **{f"recipe.{name}": value for name, value in recipe.to_json().items()},
         BATCH: plan.batch,
         "threads": torch.get_num_threads(),
-        "device": limits.device.type,
+        "device": device_name(limits.device),
         **_versions(),
     }
 
@@ -185,7 +187,7 @@ def _run_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
     """What differs from run to run, kept apart from the checkpoint."""
     return {
         "seconds": progress.seconds,
-        "peak_memory_bytes": peak_memory(),
+        **peaks(),
         "peak_memory_of_a_worker_bytes": peak_memory(of_children=True),
         "plan": plan.to_json(),
         "machine": platform.platform(),

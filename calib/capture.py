@@ -26,6 +26,7 @@ from dmq_export.seeds import stream_seed
 GROUP = 16  # samples that share one extremum; ranges average over groups
 FEWEST_ROWS, MOST_ROWS = 4096, 8192
 MOST_NUMBERS = 2**26  # of one layer's patches: 256 MiB
+MOST_WAITING = 2**28  # bytes of patches on a GPU that are not yet written
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,12 @@ class Captures:
             batch: samples per evaluation; which patches are taken does not depend on it.
             advance: called with the number of evaluations done, for progress.
         """
+        writer = _Writer()
         recorders = {
-            spec.name: _Recorder(spec, self._trajectories, self._file(spec), self._seed) for spec in self._specs
+            spec.name: _Recorder(spec, self._trajectories, self._file(spec), writer, self._seed) for spec in self._specs
         }
         replay(network, self._trajectories, group, recorders, batch=batch, advance=advance)
+        writer.flush()
         tensors = {
             f"{name}/{end}": table for name, recorder in recorders.items() for end, table in recorder.extrema().items()
         }
@@ -216,12 +219,13 @@ class Captures:
 class _Recorder:
     """Writes one layer's patches of one group, call by call, and keeps its extrema."""
 
-    def __init__(self, spec: LayerSpec, trajectories: Trajectories, file: Path, seed: int) -> None:
+    def __init__(self, spec: LayerSpec, trajectories: Trajectories, file: Path, writer: "_Writer", seed: int) -> None:
         self._spec = spec
         self._steps = len(trajectories.timesteps)
         self._per_sample = patches_per_sample(spec, trajectories.evaluations)
         self._seed = seed
         self._file = file
+        self._writer = writer
         shape = (self._steps, spec.in_channels)
         self._low, self._high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
         with self._file.open("ab") as stream:
@@ -234,26 +238,44 @@ class _Recorder:
         )
         positions = draw_positions(self._spec, (place.size, *x.shape[1:]), self._per_sample, generator)
         own = positions[place.first : place.first + len(x)]
-        self._write(take_patches(self._spec, x, own), place)
-        axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
-        self._low[place.step] = torch.minimum(self._low[place.step], x.amin(axes).cpu())
-        self._high[place.step] = torch.maximum(self._high[place.step], x.amax(axes).cpu())
-
-    def _write(self, patches: Tensor, place: Place) -> None:
         sample = place.group * GROUP * self._steps + place.step * place.size + place.first
-        content = patches.cpu().contiguous().numpy()
-        offset = sample * self._per_sample * content[0].nbytes
-        descriptor = os.open(self._file, os.O_WRONLY)
-        try:
-            _write_all(descriptor, memoryview(content.tobytes()), offset)
-        finally:
-            os.close(descriptor)
+        self._writer.write(self._file, sample * self._per_sample, take_patches(self._spec, x, own))
+        axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
+        self._low, self._high = self._low.to(x.device), self._high.to(x.device)
+        self._low[place.step] = torch.minimum(self._low[place.step], x.amin(axes))
+        self._high[place.step] = torch.maximum(self._high[place.step], x.amax(axes))
 
     def extrema(self) -> dict[str, Tensor]:
         return {"low": self._low, "high": self._high}
 
 
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
+class _Writer:
+    """Writes rows into files; those that lie on a GPU together, since fetching each would stop it each time."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Path, int, Tensor]] = []
+        self._bytes = 0
+
+    def write(self, file: Path, first: int, rows: Tensor) -> None:
+        """Put ``rows`` where row number ``first`` of the file is, now or later."""
+        self._waiting.append((file, first, rows))
+        self._bytes += rows.nbytes
+        if self._bytes > MOST_WAITING or not rows.is_cuda:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        for file, first, rows in self._waiting:
+            content = memoryview(rows.cpu().contiguous().numpy().tobytes())
+            _write_at(file, first * rows[0].nbytes, content)
+        self._waiting, self._bytes = [], 0
+
+
+def _write_at(file: Path, offset: int, content: memoryview) -> None:
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        while content:
+            written = os.pwrite(descriptor, content, offset)
+            content, offset = content[written:], offset + written
+    finally:
+        os.close(descriptor)

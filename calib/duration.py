@@ -14,13 +14,15 @@ from calib.footprint import evaluate_zeros
 from calib.les import OUTPUTS
 from calib.model import SourceModel
 from calib.recipe import Recipe
+from calib.replay import WARM_UP
 from calib.rounding import CHUNK
 from calib.sensitivity import SAMPLES, STEPS
 from calib.trajectories import Conditioning
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
-PROBE_COLUMNS, PROBE_ITERATIONS = 1200, 8
+PROBE_COLUMNS = 1200
+PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP + 1, 60)}  # of a short fit, and how many more in a longer one
 CLIPPING = 16  # how often about clipping and the report multiply what they look at
 TIMED, LONG = 3, 2.0
 
@@ -108,10 +110,11 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
         return time.perf_counter() - start
 
     with one_thread(weight.device):
-        least = min(recipe.les_iterations, 1)  # without any, the gain of learned rounding is not estimated either
+        few, more = PROBE_ITERATIONS[weight.device.type]
+        least = min(recipe.les_iterations, few)  # without any, the gain of learned rounding is not estimated either
         fit(least)  # the first time is slower
         short = fit(least)
-        iteration = max(fit(least + PROBE_ITERATIONS) - short, 0.0) / PROBE_ITERATIONS
+        iteration = max(fit(least + more) - short, 0.0) / more
         return iteration, max(short - least * iteration, 0.0)
 
 

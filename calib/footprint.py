@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib.adaround import BATCH
 from calib.block_calls import call_bytes, split_blocks
 from calib.capture import capture_bytes, columns_of, patch_rows
+from calib.device import memory_held
 from calib.fit import LOOKED_AT
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
@@ -21,7 +22,6 @@ from calib.rounding import CHUNK
 from calib.survey import Survey
 from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
-from dmq_export.memory import current_memory
 
 FLOAT = 4
 WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch
@@ -32,7 +32,7 @@ class Footprint:
     """Bytes of a calibration.
 
     Attributes:
-        fixed: held throughout: the process with the model, both sets of trajectories.
+        fixed: held throughout: the process with the model, both sets of trajectories; on a GPU the model alone.
         check: on top of it during the check, beside the activations: all layers' codes, one layer's weights.
         sample: activations of one sample.
         fit: of the largest layer.
@@ -58,14 +58,18 @@ class Footprint:
 
 
 def footprint(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> Footprint:
-    """Of calibrating what was ``surveyed``; ``told`` is what a sample is told."""
+    """Of calibrating what was ``surveyed``; ``told`` is what a sample is told.
+
+    On a GPU these are bytes of its memory.
+    """
+    device = next(source.network.parameters()).device
     specs, branches = surveyed.coverage.quantized, 2 if told.unconditional else 1
     sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
     sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
     calls, block = rounding_bytes(source, surveyed, recipe, told) if recipe.rounding == "adaround" else (0, 0)
     return Footprint(
-        fixed=current_memory() + _trajectory_bytes(source, recipe, branches),
+        fixed=memory_held(device) + (0 if device.type == "cuda" else _trajectory_bytes(source, recipe, branches)),
         check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
         sample=sample,
         fit=max(fit_bytes(spec, recipe, evaluations) for spec in specs),

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, dequantize, quantize
+from calib.fake_quant import QParams, dequantize
+from calib.successive import round_successively
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 BLOCK = 64  # columns between updates of all the columns to come
@@ -23,9 +24,9 @@ class _Columns(NamedTuple):
     scale: Tensor
     zero_point: Tensor
 
-    def at(self, k: int) -> tuple[Tensor, QParams]:
-        """Column ``k``, and what quantizes it."""
-        return self.weight[k], QParams(self.scale[k], self.zero_point[k])
+    def qparams(self, columns: slice = slice(None)) -> QParams:
+        """What quantizes these columns."""
+        return QParams(self.scale[columns], self.zero_point[columns])
 
     def ordered(self, order: Tensor) -> "_Columns":
         return _Columns(*(values[order] for values in self))
@@ -75,13 +76,12 @@ def _surgeon(columns: _Columns, moments: Tensor, bits: int) -> Tensor:
     """
     feedback = _unit_upper(moments)
     codes, errors = torch.empty_like(columns.weight), torch.empty_like(columns.weight)
-    for start in range(0, len(codes), BLOCK):
-        block = slice(start, start + BLOCK)
-        moved = columns.weight[block] + feedback[:start, block].T @ errors[:start]
-        for i, k in enumerate(range(len(codes))[block]):
-            weight, qparams = columns.at(k)
-            codes[k] = quantize(torch.addmv(moved[i], errors[start:k].T, feedback[start:k, k]), qparams, bits)
-            errors[k] = weight - dequantize(codes[k], qparams)
+    for block in _blocks(len(codes)):
+        weight, before = columns.weight[block], slice(block.start)
+        moved = weight + feedback[before, block].T @ errors[before]
+        codes[block], errors[block] = round_successively(
+            moved, weight, feedback[block, block], columns.qparams(block), bits
+        )
     return codes
 
 
@@ -95,17 +95,21 @@ def _unit_upper(moments: Tensor) -> Tensor:
 def _sweep(columns: _Columns, codes: Tensor, moments: Tensor, bits: int) -> None:
     """Set each column's ``codes [n, O]`` in turn to the best given all the others; never increases the error.
 
-    The gradient is kept up to date within a block of columns, and over all columns once per block: the same steps,
-    with most of the work in matrix products.
+    The best is where the gradient ``H (W - W^)`` becomes zero. It is kept up to date within a block of columns, and
+    over all columns once per block: the same steps, with most of the work in matrix products.
     """
-    gradient = moments @ (columns.weight - dequantize(codes, QParams(columns.scale, columns.zero_point)))
-    changes = torch.empty_like(codes)
-    for start in range(0, len(codes), BLOCK):
-        block = slice(start, start + BLOCK)
-        for k in range(len(codes))[block]:
-            _, qparams = columns.at(k)
-            own = torch.addmv(gradient[k], changes[start:k].T, moments[start:k, k], alpha=-1)
-            current = dequantize(codes[k], qparams)
-            codes[k] = quantize(current + own / moments[k, k], qparams, bits)
-            changes[k] = dequantize(codes[k], qparams) - current
-        gradient -= moments[:, block] @ changes[block]
+    gradient = moments @ (columns.weight - dequantize(codes, columns.qparams()))
+    for block in _blocks(len(codes)):
+        current, curvature = dequantize(codes[block], columns.qparams(block)), moments.diagonal()[block]
+        codes[block], lost = round_successively(
+            current + gradient[block] / curvature[:, None],
+            current,
+            moments[block, block] / curvature,
+            columns.qparams(block),
+            bits,
+        )
+        gradient += moments[:, block] @ lost
+
+
+def _blocks(columns: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]

@@ -79,8 +79,8 @@ def take_patches(spec: LayerSpec, x: Tensor, positions: Tensor) -> Tensor:
 
 def expand_parts(spec: LayerSpec, values: Tensor) -> Tensor:
     """One value per part to one per input channel, along the last axis: ``[..., P]`` to ``[..., C]``."""
-    sizes = torch.tensor(spec.parts, device=values.device)
-    return values.repeat_interleave(sizes, dim=-1)
+    parts = zip(torch.split(values, 1, dim=-1), spec.parts, strict=True)
+    return torch.cat([value.expand(*value.shape[:-1], size) for value, size in parts], dim=-1)
 
 
 def split_parts(spec: LayerSpec, matrix: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,8 @@ DMQ, section 3.1: ``Y = (X / tau)(tau^T * W)``; ``tau`` is learned layer by laye
 quantized product stays close to the float one. ``tau = exp(theta)`` keeps it positive.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +15,7 @@ from calib.capture import LayerInputs
 from calib.fake_quant import QParams, choose_qparams, fake_quantize
 from calib.layer_op import product, tau_columns, weight_columns, weight_matrix
 from calib.ranges import activation_range, quantized_patches
+from calib.replay import Replayed
 from calib.weight_grid import minmax_qparams
 from calib.weighting import TimestepWeights
 from dmq_export.layer import LayerSpec
@@ -79,28 +82,37 @@ def fit_les(
     steps = inputs.extrema.low.shape[1]
     step_weights = TimestepWeights(steps, alpha=settings.alpha, momentum=settings.momentum, device=device)
     theta = torch.zeros(spec.in_channels, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(settings.iterations, 1))
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(settings.iterations):
-        pick = torch.randint(len(inputs.patches), (settings.batch,), generator=generator).to(device)
-        step = inputs.step[pick]
-        part, rows = _some_outputs(spec, weight, generator)
-        loss = _row_losses(part, rows, inputs, pick, theta.exp(), static, rounding_gain)
-        weighted = (loss * step_weights.update(loss, step)).mean()
+    rate = torch.tensor(settings.learning_rate, device=device)
+    optimizer = torch.optim.Adam([theta], lr=rate, capturable=device.type == "cuda")
+
+    def improve(pick: Tensor, outputs: Tensor) -> None:
+        part = replace(spec, out_channels=len(outputs))
+        loss = _row_losses(part, weight[outputs], inputs, pick, theta.exp(), static, rounding_gain)
+        weighted = (loss * step_weights.update(loss, inputs.step[pick])).mean()
         optimizer.zero_grad()
         weighted.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        schedule.step()
+
+    iteration = Replayed(improve, device)
+    for number, (pick, outputs) in enumerate(_draws(spec, len(inputs.patches), settings, seed)):
+        rate.fill_(settings.learning_rate * (1 + math.cos(math.pi * number / settings.iterations)) / 2)
+        iteration(pick.to(device), outputs.to(device))
     return LesResult(theta.detach().exp(), step_weights.average, step_weights.weights())
 
 
-def _some_outputs(spec: LayerSpec, weight: Tensor, generator: torch.Generator) -> tuple[LayerSpec, Tensor]:
-    """The layer with :data:`OUTPUTS` of its output channels: each has its own range, and the loss is their mean."""
-    if spec.groups > 1 or spec.out_channels <= OUTPUTS:
-        return spec, weight
-    chosen = torch.randperm(spec.out_channels, generator=generator)[:OUTPUTS]
-    return replace(spec, out_channels=OUTPUTS), weight[chosen.to(weight.device)]
+def _draws(spec: LayerSpec, patches: int, settings: LesSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each iteration, the patches and the output channels that it looks at.
+
+    Of many outputs, :data:`OUTPUTS` are drawn: each has its own range, and the loss is their mean.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    every = torch.arange(spec.out_channels)
+    for _ in range(settings.iterations):
+        pick = torch.randint(patches, (settings.batch,), generator=generator)
+        if spec.groups > 1 or spec.out_channels <= OUTPUTS:
+            yield pick, every
+        else:
+            yield pick, torch.randperm(spec.out_channels, generator=generator)[:OUTPUTS]
 
 
 def _row_losses(

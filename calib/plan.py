@@ -12,6 +12,7 @@ import torch
 
 from calib.capture import capture_bytes
 from calib.conditioning import conditioning_for
+from calib.device import memory_for_us, most_memory_held, processes_here
 from calib.duration import evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
 from calib.model import SourceModel
@@ -19,7 +20,7 @@ from calib.recipe import Recipe
 from calib.survey import Survey
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
-from dmq_export.memory import available_memory, current_memory, in_words, peak_memory
+from dmq_export.memory import in_words
 from dmq_export.table import table
 
 BATCHES = (16, 8, 4, 2, 1)
@@ -53,7 +54,7 @@ class Plan:
         passes: over the calibration set; the layers whose inputs each captures, by family.
         batch: samples per evaluation.
         workers: processes that fit layers; 1 for none but the main one.
-        memory: bytes, at the worst moment, of all processes together.
+        memory: bytes of the device, at the worst moment; on the CPU of all processes together.
         disk: bytes, likewise.
         seconds: by stage.
     """
@@ -125,15 +126,17 @@ def make_plan(
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
     passes = split_passes(families, evaluations, _disk_limit(limits, work))
     fits = fit_seconds(source, specs, recipe)
-    bytes_held, limit = footprint(source, surveyed, recipe, told), _memory_limit(limits)
+    bytes_held, limit = footprint(source, surveyed, recipe, told), memory_for_us(limits.device)
+    limit = min(limits.memory or math.inf, limit)
     batch = batch or next((b for b in BATCHES if bytes_held.evaluating(b) <= limit), 1)
     _require_room(source, bytes_held.peak(batch, 1), batch, limit)
     workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
+    memory = max(bytes_held.peak(batch, workers), most_memory_held(limits.device))
     seconds = stage_seconds(
         evaluation_seconds(source, told, batch), rows, recipe, len(passes), len(specs), sum(fits) / workers
     )
-    return Plan(passes, batch, workers, max(bytes_held.peak(batch, workers), peak_memory()), disk, seconds)
+    return Plan(passes, batch, workers, memory, disk, seconds)
 
 
 def _require_room(source: SourceModel, needed: int, batch: int, limit: float) -> None:
@@ -163,20 +166,6 @@ def _captured(family: Family, evaluations: int) -> int:
     return sum(capture_bytes(spec, evaluations) for spec in family)
 
 
-def _memory_limit(limits: Limits) -> float:
-    if limits.device.type == "cuda":
-        on_gpu, _ = torch.cuda.mem_get_info(limits.device)
-        return current_memory() + float(min(limits.memory or on_gpu, on_gpu))
-    available = available_memory()
-    free: float = math.inf if available is None else current_memory() + available / _processes_here()
-    return min(limits.memory or math.inf, free)
-
-
-def _processes_here() -> int:
-    """Processes of torchrun that share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def _disk_limit(limits: Limits, work: Path) -> int:
     existing = next(folder for folder in (work, *work.resolve().parents) if folder.is_dir())
     return limits.disk or shutil.disk_usage(existing).free // 2
@@ -186,7 +175,7 @@ def _workers(limits: Limits, room: float, fit: int, seconds: float) -> int:
     """Processes that fit layers at once: those asked for, the cores, what the memory takes, one if it does not pay."""
     if limits.device.type != "cpu" or (limits.workers is None and seconds < WORTH_WORKERS):
         return 1
-    cores = max(1, len(os.sched_getaffinity(0)) // _processes_here())
+    cores = max(1, len(os.sched_getaffinity(0)) // processes_here())
     return max(1, min(limits.workers or cores, int(room // (fit + WORKER_BYTES)) if room < math.inf else cores))
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
 
-import torch
 from torch import distributed
 
 from dmq_export.errors import DmqError
@@ -62,10 +61,3 @@ def torchrun_ranks() -> Iterator[Ranks]:
     finally:
         if own.count > 1:
             distributed.destroy_process_group()
-
-
-def own_device(device: torch.device) -> torch.device:
-    """On CUDA, the GPU of this process among those of its machine."""
-    if device.type != "cuda":
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from calib.fake_quant import QParams, dequantize, quantize
-from calib.layer_op import apply_op, expand_parts, tau_columns, weight_matrix
+from calib.layer_op import apply_op, expand_parts, scaled_weight
 from calib.model import predict
 from calib.rounding import dequantized_weight
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.form import LayerValues
-from dmq_export.layer import QuantizedLayer
+from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.network import build_network, replace_modules
 
 
@@ -35,7 +34,7 @@ class ReferenceLayer(nn.Module):
         weights: False keeps the float ``weight``, to see what the activations alone cost.
         activations: False keeps the float input, to see what the weights alone cost.
         weight: ``W``, needed only without ``weights``.
-        keep: False makes the dequantized weight anew for every evaluation, and so takes no memory for it in between.
+        keep: False makes the dequantized weight anew for every evaluation; in between only its codes take memory.
     """
 
     shift_scale: Tensor
@@ -65,8 +64,9 @@ class ReferenceLayer(nn.Module):
         self.register_buffer("scale", expand_parts(layer.spec, torch.from_numpy(layer.scale.copy())))
         zero_point = torch.from_numpy(layer.zero_point.astype(np.float32))
         self.register_buffer("zero_point", expand_parts(layer.spec, zero_point))
-        self._made = partial(_quantized_weight, layer) if weights else partial(_scaled, layer, weight, tau)
-        self.register_buffer("weight", self._made() if keep else None)
+        maker = _RoundedWeight(layer) if weights else _ScaledWeight(layer.spec, weight, tau)
+        self.register_buffer("weight", maker() if keep else None)
+        self.maker = None if keep else maker
         self.register_buffer("bias", None if layer.bias is None else torch.from_numpy(layer.bias))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -80,8 +80,12 @@ class ReferenceLayer(nn.Module):
             rounded = dequantize(self.codes(x), self._qparams(x.dim()))
         else:
             rounded = x / self._along_channels(self.tau, x.dim())
-        weight = self._made().to(x.device) if self.weight is None else self.weight
-        return apply_op(self.spec, rounded, weight, self.bias)
+        return apply_op(self.spec, rounded, self._weight_now(), self.bias)
+
+    def _weight_now(self) -> Tensor:
+        made = self.weight if self.maker is None else self.maker()
+        assert isinstance(made, Tensor)
+        return made
 
     def _qparams(self, rank: int) -> QParams:
         """``s_t * 2^-k`` and ``z_t`` of the current step, per channel."""
@@ -93,6 +97,42 @@ class ReferenceLayer(nn.Module):
         shape = [1] * rank
         shape[self.spec.channel_axis] = -1
         return values.view(shape)
+
+
+class _RoundedWeight(nn.Module):
+    """Makes ``w^`` of its codes, where these are."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.spec = layer.spec
+        self.register_buffer("codes", torch.from_numpy(layer.codes))
+        self.register_buffer("scale", torch.from_numpy(layer.weight_scale))
+        self.register_buffer("zero_point", torch.from_numpy(layer.weight_zero_point.astype(np.float32)))
+
+    def forward(self) -> Tensor:
+        return dequantized_weight(self.spec, self.codes.float(), QParams(self.scale, self.zero_point))
+
+
+class _ScaledWeight(nn.Module):
+    """Makes ``W * tau``, where these are."""
+
+    weight: Tensor
+    tau: Tensor
+
+    def __init__(self, spec: LayerSpec, weight: Tensor | None, tau: Tensor) -> None:
+        if weight is None:
+            raise ValueError(f"layer {spec.name}: the float weight is needed")
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("tau", tau)
+
+    def forward(self) -> Tensor:
+        return scaled_weight(self.spec, self.weight, self.tau)
 
 
 class ReferenceModel:
@@ -161,20 +201,6 @@ def quantized(
         yield ReferenceModel(network, index, timesteps)
     finally:
         replace_modules(network, originals)
-
-
-def _quantized_weight(layer: QuantizedLayer) -> Tensor:
-    qparams = QParams(
-        torch.from_numpy(layer.weight_scale), torch.from_numpy(layer.weight_zero_point.astype(np.float32))
-    )
-    return dequantized_weight(layer.spec, torch.from_numpy(layer.codes.astype(np.float32)), qparams)
-
-
-def _scaled(layer: QuantizedLayer, weight: Tensor | None, tau: Tensor) -> Tensor:
-    if weight is None:
-        raise ValueError(f"layer {layer.spec.name}: the float weight is needed")
-    weight = weight.detach().cpu()
-    return (weight_matrix(layer.spec, weight) * tau_columns(layer.spec, tau)).view(weight.shape)
 
 
 def record_layers(

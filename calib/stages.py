@@ -17,6 +17,7 @@ from calib.block_calls import CallRecorder
 from calib.capture import GROUP, Captures, group_count
 from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
+from calib.device import evaluating
 from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
 from calib.layer_op import weight_of
 from calib.model import SourceModel
@@ -243,7 +244,8 @@ class Stages:
         """Compute this process's share of ``items`` (with their sizes) that is not there, then wait for the others."""
         is_there = has or self.work.__contains__
         mine = self.ranks.share(list(items))
-        with self.progress.stage(stage, sum(items[key] for key in mine), unit) as advance:
+        total = sum(items[key] for key in mine)
+        with self.progress.stage(stage, total, unit) as advance, evaluating(self.device):
             for key in mine:
                 if is_there(key):
                     advance(items[key])

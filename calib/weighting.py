@@ -22,12 +22,13 @@ class TimestepWeights:
 
     def update(self, loss: Tensor, step: Tensor) -> Tensor:
         """Take in ``loss [B]`` of rows at ``step [B]``; returns the weights ``lambda [B]`` of those rows."""
-        loss = loss.detach()
-        count = torch.zeros_like(self.average).index_add_(0, step, torch.ones_like(loss))
-        mean = torch.zeros_like(self.average).index_add_(0, step, loss) / count.clamp(min=1)
+        # sums as a product: it adds in the same order every time, on a GPU too
+        drawn_at = (step[:, None] == torch.arange(len(self.average), device=step.device)).to(loss.dtype)
+        count = drawn_at.sum(0)
+        mean = loss.detach() @ drawn_at / count.clamp(min=1)
         drawn = count > 0
         blended = torch.lerp(mean, self.average, self.momentum)
-        self.average = torch.where(drawn, torch.where(self._seen, blended, mean), self.average)
+        self.average.copy_(torch.where(drawn, torch.where(self._seen, blended, mean), self.average))
         self._seen |= drawn
         return self.weights()[step]
 

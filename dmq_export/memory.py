@@ -14,6 +14,20 @@ def peak_memory(*, of_children: bool = False) -> int:
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024  # macOS counts bytes, Linux KiB
 
 
+def peak_gpu_memory() -> int | None:
+    """The most that PyTorch has held on a GPU so far, in bytes; None where it has not been there."""
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return max(int(torch.cuda.max_memory_allocated(gpu)) for gpu in range(torch.cuda.device_count()))
+
+
+def peaks() -> dict[str, int]:
+    """The most memory of this process so far, and on a GPU if it has been there, as JSON values."""
+    on_gpu = peak_gpu_memory()
+    return {"peak_memory_bytes": peak_memory()} | ({} if on_gpu is None else {"peak_gpu_memory_bytes": on_gpu})
+
+
 def current_memory() -> int:
     """The memory this process holds now, in bytes; where the system does not say, the most it has held."""
     return _kilobytes(Path("/proc/self/status"), "VmRSS:") or peak_memory()

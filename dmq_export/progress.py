@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from dmq_export.memory import peak_memory
+from dmq_export.memory import peaks
 
 
 class Advance(Protocol):
@@ -94,4 +94,4 @@ class Progress:
             yield advance
         taken = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
-        self.note("stage done", stage=name, seconds=round(taken, 3), peak_memory_bytes=peak_memory())
+        self.note("stage done", stage=name, seconds=round(taken, 3), **peaks())

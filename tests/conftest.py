@@ -1,9 +1,14 @@
 """What many tests share: a tiny model's folder, its checkpoint, and its export, made once."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter; read when Triton is first imported
+
 from models import TINY_RECIPE, save_tiny_model
 
 from calib.calibrate import calibrate

@@ -1,6 +1,7 @@
 """Tiny untrained diffusers models, saved as ordinary folders."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from torch import nn
 
 from calib.recipe import Recipe
-from dmq_export.arguments import Argument
+from dmq_export.arguments import LABELS, Argument, arguments
 from dmq_export.bits import Bits
 from dmq_export.embeddings import Embeddings
 
@@ -124,6 +126,8 @@ NETWORKS: dict[str, Callable[[], ModelMixin]] = {
     "flux": lambda: FluxTransformer2DModel(**FLUX),
 }
 FLOWS = ("sd3", "flux")
+SAMPLE_SIZE = {"flux": 8}
+GUIDED = {"sd": 3.0, "flux": 3.5, "dit": 2.0}
 
 
 def save_tiny_network(kind: str, folder: Path) -> Path:
@@ -136,6 +140,21 @@ def save_tiny_network(kind: str, folder: Path) -> Path:
         FlowMatchEulerDiscreteScheduler(**dynamic).save_pretrained(folder / "scheduler")
         return folder
     return _with_scheduler(folder)
+
+
+def tiny_network_recipe(kind: str, network: nn.Module) -> Recipe:
+    """Every stage of a calibration of a network of :data:`NETWORKS`, told what its kind is told."""
+    told = [argument for argument in arguments(type(network).__name__, network.config) if argument.name != LABELS]
+    return replace(
+        TINY_RECIPE,
+        steps=2,
+        rounding="adaround",
+        round_iterations=2,
+        sample_size=SAMPLE_SIZE.get(kind),
+        embeddings=random_embeddings(told, 2, uncond=kind == "sd") if told else None,
+        guidance_scale=GUIDED.get(kind),
+        null_label=5 if kind == "dit" else None,
+    )
 
 
 def save_tiny_transformer(folder: Path) -> Path:

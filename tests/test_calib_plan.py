@@ -13,8 +13,8 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model, save_tiny_conditional
 from torch import Tensor, nn
 
+import calib.device
 import calib.footprint
-import calib.plan
 from calib.calibrate import planned, work_folder
 from calib.capture import capture_bytes
 from calib.conditioning import conditioning_for
@@ -106,9 +106,8 @@ def test_a_fit_takes_no_more_than_was_said_and_not_far_less(largest) -> None:
 def test_less_memory_means_smaller_batches_then_a_refusal(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
+    monkeypatch.setattr(calib.device, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.device, "peak_memory", lambda: GIB)
     monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
     batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
     assert batches == [16, 4, 4, 2, 1]
@@ -124,9 +123,8 @@ def test_less_memory_means_smaller_batches_then_a_refusal(
 def test_processes_of_one_machine_share_its_free_memory(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.plan, "available_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(calib.device, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.device, "available_memory", lambda: 5 * GIB)
     monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
     assert plan_of(small, Limits(CPU), tmp_path).batch == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -155,9 +153,8 @@ def test_adaround_needs_room_for_recorded_calls_and_gradients(small: SourceModel
 def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(
     small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calib.plan, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.footprint, "current_memory", lambda: GIB)
-    monkeypatch.setattr(calib.plan, "peak_memory", lambda: GIB)
+    monkeypatch.setattr(calib.device, "current_memory", lambda: GIB)
+    monkeypatch.setattr(calib.device, "peak_memory", lambda: GIB)
     roomy, tight = (plan_of(small, Limits(CPU, memory=m, workers=8), tmp_path) for m in (64 * GIB, 3 * GIB))
     assert roomy.workers == 8
     assert 1 < tight.workers < 8

@@ -1,27 +1,24 @@
 """Every family of denoisers through the whole road: survey, calibration, portable ONNX, verification."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
-from models import NETWORKS, TINY_RECIPE, random_embeddings, save_tiny_network
+from models import NETWORKS, SAMPLE_SIZE, TINY_RECIPE, save_tiny_network, tiny_network_recipe
 from torch import nn
 
 from calib.calibrate import calibrate
 from calib.model import load_model
 from calib.plan import Limits
 from calib.survey import survey
-from dmq_export.arguments import LABELS, arguments
+from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.progress import Progress
 
 CPU = torch.device("cpu")
-SAMPLE_SIZE = {"flux": 8}
-GUIDED = {"sd": 3.0, "flux": 3.5, "dit": 2.0}
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -50,18 +47,7 @@ def test_every_weight_is_quantized_or_listed_with_its_reason(kind: str, model: P
 
 def test_it_is_calibrated_exported_and_proved_equal(kind: str, model: Path, tmp_path: Path) -> None:
     source = load_model(model, CPU, sample_size=SAMPLE_SIZE.get(kind))
-    told = [argument for argument in arguments(source.class_name, source.config) if argument.name != LABELS]
-    embeddings = random_embeddings(told, 2, uncond=kind == "sd") if told else None
-    recipe = replace(
-        TINY_RECIPE,
-        steps=2,
-        rounding="adaround",
-        round_iterations=2,
-        sample_size=SAMPLE_SIZE.get(kind),
-        embeddings=embeddings,
-        guidance_scale=GUIDED.get(kind),
-        null_label=5 if kind == "dit" else None,
-    )
+    recipe = tiny_network_recipe(kind, source.network)
     calibrate(model, tmp_path / "checkpoint", recipe, Limits(CPU), Progress(show=False))
     export = export_onnx(tmp_path / "checkpoint", tmp_path / "model.onnx", Progress(show=False))
     assert export.verification is not None
@@ -72,5 +58,5 @@ def test_it_is_calibrated_exported_and_proved_equal(kind: str, model: Path, tmp_
     assert {name: list(value.shape[1:]) for name, value in checkpoint.probe.conditioning.items()} == {
         value.name: list(value.shape)[1:] for value in graph.inputs if value.name in names
     }
-    if embeddings is not None:
-        assert checkpoint.recipe["embeddings"] == {"count": 2, "sha256": embeddings.sha256}
+    if recipe.embeddings is not None:
+        assert checkpoint.recipe["embeddings"] == {"count": 2, "sha256": recipe.embeddings.sha256}

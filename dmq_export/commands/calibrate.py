@@ -13,7 +13,7 @@ from dmq_export.checkpoint import Checkpoint, require_place
 from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError
-from dmq_export.memory import in_words, peak_memory
+from dmq_export.memory import in_words, peak_gpu_memory, peak_memory
 from dmq_export.progress import Progress
 from dmq_export.rank import Rank
 from dmq_export.table import table
@@ -27,12 +27,13 @@ WORST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """A written checkpoint, and what it took: seconds by stage, bytes of this process and of the largest worker."""
+    """A written checkpoint, and what it took: seconds by stage; bytes of this process, on the GPU, of a worker."""
 
     folder: Path
     checkpoint: Checkpoint
     seconds: dict[str, float]
     peak_memory: int
+    peak_gpu_memory: int | None
     peak_of_a_worker: int
 
     def to_json(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Calibration:
             "prediction_sqnr_db": self.checkpoint.metrics["prediction_sqnr_db"],
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
+            "peak_gpu_memory_bytes": self.peak_gpu_memory,
             "peak_memory_of_a_worker_bytes": self.peak_of_a_worker,
         }
 
@@ -65,7 +67,8 @@ class Calibration:
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
         times = table(("seconds", ""), [*rows, ("total", f"{sum(self.seconds.values()):.1f}")], right=(1,))
         worker = f", {in_words(self.peak_of_a_worker)} in a worker" if self.peak_of_a_worker else ""
-        return f"{times}\n\npeak memory {in_words(self.peak_memory)}{worker}"
+        on_gpu = f", {in_words(self.peak_gpu_memory)} on the GPU" if self.peak_gpu_memory else ""
+        return f"{times}\n\npeak memory {in_words(self.peak_memory)}{worker}{on_gpu}"
 
     def _quality(self) -> str:
         sqnr = self.checkpoint.metrics["prediction_sqnr_db"]
@@ -186,7 +189,8 @@ def calibrate_model(job: Job) -> Calibration | None:
     checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
     if Rank.of(os.environ).index:
         return None
-    return Calibration(job.output, checkpoint, progress.seconds, peak_memory(), peak_memory(of_children=True))
+    of_children = peak_memory(of_children=True)
+    return Calibration(job.output, checkpoint, progress.seconds, peak_memory(), peak_gpu_memory(), of_children)
 
 
 def plan_model(job: Job) -> CalibrationPlan:

@@ -1,0 +1,37 @@
+"""Rounds columns one after another, each told what those before it lost: the inner loop of second-order rounding.
+
+A column is too little work for a GPU, which spends its time on starting operations; there, one kernel does all columns
+(:mod:`calib.successive_kernel`), each output's by itself.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from calib.fake_quant import QParams, dequantize, quantize
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def round_successively(
+    wanted: Tensor, reference: Tensor, coupling: Tensor, qparams: QParams, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes ``[n, O]`` of ``wanted_k + sum_(j < k) lost_j coupling_jk``, and ``lost_k = reference_k - w^_k``.
+
+    Args:
+        wanted: columns ``[n, O]`` before anything is lost.
+        reference: what a column loses is counted from here, ``[n, O]``.
+        coupling: ``[n, n]``, of which only what lies above the diagonal counts.
+        qparams: ``[n, O]``.
+    """
+    if wanted.is_cuda and HAS_TRITON:
+        from calib.successive_kernel import run_kernel
+
+        return run_kernel(wanted, reference, coupling, qparams, bits)
+    codes, lost = torch.empty_like(wanted), torch.empty_like(wanted)
+    for k in range(len(codes)):
+        column = QParams(qparams.scale[k], qparams.zero_point[k])
+        codes[k] = quantize(torch.addmv(wanted[k], lost[:k].T, coupling[:k, k]), column, bits)
+        lost[k] = reference[k] - dequantize(codes[k], column)
+    return codes, lost

@@ -1,0 +1,70 @@
+"""Columns rounded one after another, by PyTorch and by the GPU's kernel, against the sums written out.
+
+Where there is no GPU, Triton's interpreter runs the kernel (conftest.py).
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.fake_quant import QParams
+from calib.successive import round_successively
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytest.importorskip("triton", reason="the kernel is written in Triton")
+from calib.successive_kernel import WIDTH, run_kernel  # noqa: E402
+
+CASES = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 2 * WIDTH + 3), st.integers(3, 8))
+
+
+def drawn(seed: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, QParams]:
+    """Numbers of few digits, so that float32 adds them without an error and many lie halfway between two codes."""
+    rng = np.random.default_rng(seed)
+
+    def some(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.integers(low, high, shape).astype(np.float32)).to(DEVICE)
+
+    wanted, reference = some(-40, 40, rows, outputs) / 8, some(-40, 40, rows, outputs) / 8
+    coupling = some(-2, 3, rows, rows) / 2
+    return wanted, reference, coupling, QParams(some(1, 3, rows, outputs) / 4, some(0, 9, rows, outputs))
+
+
+def written_out(
+    wanted: np.ndarray, reference: np.ndarray, coupling: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    codes, lost = np.zeros_like(wanted), np.zeros_like(wanted)
+    for k, o in np.ndindex(*wanted.shape):
+        target = wanted[k, o] + sum(lost[j, o] * coupling[j, k] for j in range(k))
+        codes[k, o] = min(max(np.rint(target / scale[k, o]) + zero[k, o], 0), 2**bits - 1)
+        lost[k, o] = reference[k, o] - scale[k, o] * (codes[k, o] - zero[k, o])
+    return codes, lost
+
+
+@pytest.mark.parametrize("rounding", [round_successively, run_kernel])
+@settings(deadline=None, max_examples=25)
+@given(CASES)
+def test_codes_and_losses_are_those_written_out(rounding, case: tuple[int, int, int, int]) -> None:
+    seed, rows, outputs, bits = case
+    wanted, reference, coupling, qparams = drawn(seed, rows, outputs)
+    arrays = [values.double().cpu().numpy() for values in (wanted, reference, coupling, *qparams)]
+    codes, lost = rounding(wanted, reference, coupling, qparams, bits)
+    expected_codes, expected_lost = written_out(*arrays, bits)
+    np.testing.assert_array_equal(codes.cpu(), expected_codes)
+    np.testing.assert_array_equal(lost.cpu(), expected_lost)
+
+
+@pytest.mark.parametrize("rounding", [round_successively, run_kernel])
+def test_what_is_far_out_of_range_is_clipped(rounding) -> None:
+    wanted = torch.tensor([[1e30, -1e30, 1e8, -1e8]], device=DEVICE)
+    one = torch.ones_like(wanted)
+    codes, _ = rounding(wanted, wanted, torch.zeros(1, 1, device=DEVICE), QParams(one, 8 * one), 4)
+    assert codes.tolist() == [[15, 0, 15, 0]]
+
+
+def test_nothing_given_is_changed() -> None:
+    given_ = drawn(0, 5, 4)
+    kept = [values.clone() for values in (*given_[:3], *given_[3])]
+    run_kernel(*given_, 4)
+    assert all(torch.equal(one, other) for one, other in zip(kept, (*given_[:3], *given_[3]), strict=True))
