@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -40,8 +41,10 @@ def reproducible(device: torch.device, memory: int | None = None) -> Iterator[No
         yield
         return
     os.environ.setdefault(*CUBLAS_CONFIG)
-    before = torch.are_deterministic_algorithms_enabled()
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False  # nothing here reads such memory, and filling it takes time
     if memory is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory / _total(device)), device)
     try:
@@ -52,7 +55,8 @@ def reproducible(device: torch.device, memory: int | None = None) -> Iterator[No
             "--fresh and less --max-memory, which makes smaller steps"
         ) from error
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        filling.fill_uninitialized_memory = before[1]
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 

@@ -82,8 +82,9 @@ def fit_les(
     steps = inputs.extrema.low.shape[1]
     step_weights = TimestepWeights(steps, alpha=settings.alpha, momentum=settings.momentum, device=device)
     theta = torch.zeros(spec.in_channels, device=device, requires_grad=True)
-    rate = torch.tensor(settings.learning_rate, device=device)
-    optimizer = torch.optim.Adam([theta], lr=rate, capturable=device.type == "cuda")
+    rate = torch.zeros((), device=device)
+    optimizer = torch.optim.Adam([theta], capturable=device.type == "cuda")
+    optimizer.param_groups[0]["lr"] = rate  # a tensor, since a replay does not see a number change
 
     def improve(pick: Tensor, outputs: Tensor) -> None:
         part = replace(spec, out_channels=len(outputs))

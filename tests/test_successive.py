@@ -3,6 +3,11 @@
 Where there is no GPU, Triton's interpreter runs the kernel (conftest.py).
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="the kernel is written in Triton")
 from calib.successive_kernel import WIDTH, run_kernel  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 2 * WIDTH + 3), st.integers(3, 8))
 
 
@@ -68,3 +74,29 @@ def test_nothing_given_is_changed() -> None:
     kept = [values.clone() for values in (*given_[:3], *given_[3])]
     run_kernel(*given_, 4)
     assert all(torch.equal(one, other) for one, other in zip(kept, (*given_[:3], *given_[3]), strict=True))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from calib.successive_kernel import WIDTH, _round_columns
+types = dict.fromkeys(_round_columns.arg_names[:7], "*fp32") | {"rows": "i32", "outputs": "i32", "top": "fp32"}
+source = triton.compiler.ASTSource(
+    fn=_round_columns,
+    signature=types | {"ROWS": "constexpr", "WIDTH": "constexpr"},
+    constexprs={"ROWS": 64, "WIDTH": WIDTH},
+)
+for capability in (80, 90):
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+    print(capability, len(made.asm["cubin"]) > 1000, "div.rn.f32" in made.asm["ptx"])
+"""
+
+
+def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    (tmp_path / "compile.py").write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "compile.py")], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["80 True True", "90 True True"]
