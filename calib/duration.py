@@ -4,43 +4,39 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from calib.adaround import BATCH
 from calib.capture import Extrema, LayerInputs, columns_of, patch_rows
-from calib.fit import LOOKED_AT, LOOKED_OUTPUTS, FloatLayer, equivalent_scaling, fit_layer
+from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
 from calib.footprint import evaluate_zeros
+from calib.gptq import SWEEPS
 from calib.les import OUTPUTS
 from calib.model import SourceModel
 from calib.recipe import Recipe
 from calib.replay import WARM_UP
-from calib.rounding import CHUNK
+from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.sensitivity import SAMPLES, STEPS
 from calib.trajectories import Conditioning
+from calib.weight_grid import CANDIDATES
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
 PROBE_COLUMNS = 1200
 PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP + 1, 60)}  # of a short fit, and how many more in a longer one
-CLIPPING = 16  # how often about clipping and the report multiply what they look at
+CAPTURED = 2e8  # bytes of patches that are gathered and written in a second
 TIMED, LONG = 3, 2.0
 
 
 def evaluation_seconds(source: SourceModel, told: Conditioning, batch: int) -> float:
-    """Seconds a sample takes, ``batch`` at a time: the best of three, or the first if that takes long."""
-    best = math.inf
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        evaluate_zeros(source, told, batch)
-        best = min(best, time.perf_counter() - start)
-        if best > LONG:
-            break
-    return best / batch
+    """Seconds a sample takes, ``batch`` at a time."""
+    return _best_seconds(lambda: evaluate_zeros(source, told, batch)) / batch
 
 
 def stage_seconds(
-    evaluation: float, rows: int, recipe: Recipe, passes: int, layers: int, fits: float
+    evaluation: float, rows: int, recipe: Recipe, passes: int, layers: int, captured: int, fits: float
 ) -> dict[str, float]:
     """By stage.
 
@@ -48,13 +44,15 @@ def stage_seconds(
         evaluation: seconds of evaluating one sample.
         rows: samples, twice with guidance.
         layers: to fit.
+        captured: bytes of their inputs.
         fits: seconds of all layers' fits.
     """
     branches = rows // recipe.samples
     estimates = {
-        "trajectories": (recipe.samples + recipe.check_samples) * branches * recipe.steps * evaluation,
-        "layer inputs": passes * rows * recipe.steps * evaluation * 1.2,
+        "trajectories": rows * recipe.steps * evaluation,
+        "layer inputs": passes * rows * recipe.steps * evaluation * 1.2 + captured / CAPTURED,
         "layer fits": fits,
+        "held-out trajectories": recipe.check_samples * branches * recipe.steps * evaluation,
         "check": 3 * recipe.check_samples * branches * recipe.steps * evaluation * 1.3,
     }
     if recipe.sensitive_share:
@@ -75,9 +73,9 @@ def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe)
     wide = max((spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS), key=columns_of, default=narrow)
     probes = {spec: _probe(source, spec, recipe) for spec in (narrow, wide)}
     iteration = _line([(_iteration_numbers(spec, recipe), seconds) for spec, (seconds, _) in probes.items()])
-    rest = _line([(_rounding_operations(spec), seconds) for spec, (_, seconds) in probes.items()])
+    rest = _line([(_rest_nanoseconds(spec), seconds) for spec, (_, seconds) in probes.items()])
     return [
-        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + rest(_rounding_operations(spec))
+        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + rest(_rest_nanoseconds(spec))
         for spec in specs
     ]
 
@@ -96,26 +94,40 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
     weight = source.network.get_submodule(spec.name).get_parameter("weight").detach()
     generator = torch.Generator().manual_seed(0)
     shape = (patch_rows(spec), spec.in_channels, math.prod(spec.kernel))
-    patches = torch.randn(shape, generator=generator).to(weight.device)
+    patches = (
+        torch.rand(shape, generator=generator).to(weight.device) - 0.5
+    )  # clipping gives up soon, as it mostly does
     high = patches.amax((0, 2)).expand(1, recipe.steps, -1)
     step = torch.arange(len(patches), device=weight.device) % recipe.steps
     inputs = LayerInputs(patches, step, Extrema(-high, high))
 
     layer = FloatLayer(spec, weight, None)
+    few, more = PROBE_ITERATIONS[weight.device.type]
+    least = min(recipe.les_iterations, few)  # without any, the gain of learned rounding is not estimated either
 
-    def fit(iterations: int) -> float:
-        once, anew = replace(recipe, les_iterations=iterations), replace(inputs)  # which has no moments yet
-        start = time.perf_counter()
+    def scaling(iterations: int) -> None:
+        equivalent_scaling([layer], inputs, replace(recipe, les_iterations=iterations, les_rounding_gain=False))
+
+    def fit() -> None:
+        once, anew = replace(recipe, les_iterations=least), replace(inputs)  # which has no moments yet
         fit_layer(layer, anew, once, equivalent_scaling([layer], anew, once))
-        return time.perf_counter() - start
 
     with one_thread(weight.device):
-        few, more = PROBE_ITERATIONS[weight.device.type]
-        least = min(recipe.les_iterations, few)  # without any, the gain of learned rounding is not estimated either
-        fit(least)  # the first time is slower
-        short = fit(least)
-        iteration = max(fit(least + more) - short, 0.0) / more
-        return iteration, max(short - least * iteration, 0.0)
+        short, long = (_best_seconds(partial(scaling, iterations)) for iterations in (few, few + more))
+        iteration = max(long - short, 0.0) / more
+        return iteration, max(_best_seconds(fit) - least * iteration, 0.0)
+
+
+def _best_seconds(function: Callable[[], object]) -> float:
+    """The best of a few runs, since the first is slower and other processes come in between; a long one will do."""
+    best = math.inf
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+        if best > LONG:
+            break
+    return best
 
 
 def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
@@ -123,9 +135,20 @@ def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
 
 
-def _rounding_operations(spec: LayerSpec) -> int:
-    """What rounding a layer takes: moments, factors, the columns one by one; and what clipping looks at."""
-    columns = columns_of(spec)
-    chunk = min(columns, CHUNK)
-    rounding = spec.groups * columns * chunk * (patch_rows(spec) + chunk + 3 * spec.out_channels)
-    return rounding + CLIPPING * LOOKED_AT * min(spec.out_channels, LOOKED_OUTPUTS)
+def _rest_nanoseconds(spec: LayerSpec) -> float:
+    """What a fit takes besides LES, on the core that this was measured on; only the proportions count.
+
+    In turn: clipping and the report, the search for the weights' ranges, columns one by one, their second moments,
+    the moments' factors, and products with these. Learned rounding is done twice, the first time to learn its gain.
+    """
+    columns, rows, groups = columns_of(spec), patch_rows(spec), spec.groups
+    chunk, outputs = min(columns, CHUNK), spec.out_channels // groups
+    twice = groups + min(groups, GAIN_GROUPS)
+    return (
+        65 * min(LOOKED_AT, rows * columns * groups)
+        + 4.3 * CANDIDATES * spec.out_channels * columns
+        + 28e3 * (1 + SWEEPS) * twice * columns
+        + 0.025 * groups * rows * columns * chunk / 2
+        + 0.019 * twice * columns * chunk**2 / 3
+        + 0.25 * columns * chunk * (groups * outputs + min(groups, GAIN_GROUPS) * min(outputs, GAIN_OUTPUTS))
+    )

@@ -133,9 +133,9 @@ def make_plan(
     workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
     memory = max(bytes_held.peak(batch, workers), most_memory_held(limits.device))
-    seconds = stage_seconds(
-        evaluation_seconds(source, told, batch), rows, recipe, len(passes), len(specs), sum(fits) / workers
-    )
+    captured = sum(capture_bytes(spec, evaluations) for spec in specs)
+    evaluation = evaluation_seconds(source, told, batch)
+    seconds = stage_seconds(evaluation, rows, recipe, len(passes), len(specs), captured, sum(fits) / workers)
     return Plan(passes, batch, workers, memory, disk, seconds)
 
 

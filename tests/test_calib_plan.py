@@ -165,7 +165,14 @@ def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(
 
 def test_the_time_grows_with_what_is_asked_for(small: SourceModel, tmp_path: Path) -> None:
     plan = plan_of(small, Limits(CPU), tmp_path)
-    assert set(plan.seconds) == {"trajectories", "layer inputs", "layer fits", "check", "PTS votes"}
+    assert set(plan.seconds) == {
+        "trajectories",
+        "layer inputs",
+        "layer fits",
+        "held-out trajectories",
+        "check",
+        "PTS votes",
+    }
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in plan.seconds.values())
     more = plan_of(
         small, Limits(CPU), tmp_path, replace(TINY_RECIPE, samples=200, rounding="adaround", round_iterations=100)

@@ -10,12 +10,10 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 
 import calib.duration
-from calib.capture import columns_of, patch_rows
-from calib.duration import CLIPPING, _line, fit_seconds
-from calib.fit import LOOKED_AT
+from calib.capture import columns_of
+from calib.duration import _line, _rest_nanoseconds, fit_seconds
 from calib.model import SourceModel, load_model
 from calib.recipe import Recipe
-from calib.rounding import CHUNK
 from dmq_export.layer import LayerSpec
 
 POSITIVE = st.floats(0.01, 100)
@@ -48,17 +46,37 @@ def test_a_layer_takes_a_moment_and_what_it_multiplies(source: SourceModel, monk
         linear(parts=(9000,), out_channels=8),
     ]
 
-    def operations(spec: LayerSpec) -> float:
-        columns = columns_of(spec)
-        chunk = min(columns, CHUNK)
-        return columns * chunk * (patch_rows(spec) + chunk + 3 * 8) + CLIPPING * LOOKED_AT * 8
+    def rest(spec: LayerSpec) -> float:
+        return 0.3 + 2e-9 * _rest_nanoseconds(spec)  # on a core half as fast
 
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
-        return 1e-4 * columns_of(spec), 0.3 + 1e-10 * operations(spec)
+        return 1e-4 * columns_of(spec), rest(spec)
 
     monkeypatch.setattr(calib.duration, "_probe", probe)
     without, recipe = replace(TINY_RECIPE, les_iterations=0), replace(TINY_RECIPE, les_iterations=50)
     found = fit_seconds(source, specs, without)
-    assert found == pytest.approx([0.3 + 1e-10 * operations(spec) for spec in specs])
+    assert found == pytest.approx([rest(spec) for spec in specs])
     learned = [more - less for more, less in zip(fit_seconds(source, specs, recipe), found, strict=True)]
     assert learned == pytest.approx([50 * 1e-4 * columns_of(spec) for spec in specs])
+
+
+def test_a_layer_twice_as_large_takes_about_as_much_longer_as_its_columns_say() -> None:
+    """Clipping looks at so many numbers and no more, whole moments grow with the cube, and chunks of them do not."""
+
+    def seconds(channels: int, out_channels: int = 128, **changes: int) -> float:
+        return 1e-9 * _rest_nanoseconds(conv2d(parts=(channels,), out_channels=out_channels, **changes))
+
+    assert 2 < seconds(256) / seconds(128) < 4
+    assert 1.5 < seconds(1536) / seconds(768) < 2.2  # on fewer patches
+    assert 1 < seconds(128, 256) / seconds(128, 128) < 1.3
+    depthwise = seconds(128, groups=128)
+    assert depthwise < 0.7 * seconds(128)
+
+
+def test_a_long_probe_runs_once_and_a_short_one_until_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = iter([0.0, 5.0, 10.0, 10.4, 11.0, 11.1, 12.0, 12.2]), []
+    monkeypatch.setattr(calib.duration.time, "perf_counter", lambda: next(now))
+    assert calib.duration._best_seconds(lambda: taken.append(0)) == 5.0
+    assert len(taken) == 1
+    assert calib.duration._best_seconds(lambda: taken.append(0)) == pytest.approx(0.1)
+    assert len(taken) == 4
