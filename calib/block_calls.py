@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.hooks import hooked
 from calib.model import predict
 from calib.trajectories import Trajectories
 
@@ -202,10 +203,7 @@ def _calls_seen(network: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in see]
-    try:
-        with suppress(_AllSeen):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    blocks = ((name, network.get_submodule(name)) for name in see)
+    hooks = (block.register_forward_hook(hook_of(name), with_kwargs=True) for name, block in blocks)
+    with hooked(hooks), suppress(_AllSeen):
+        yield

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from calib.hooks import hooked
 from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
 from calib.moments import Moments
@@ -120,15 +121,12 @@ def replay(
 
 @contextmanager
 def _inputs_seen(network: nn.Module, visit: Mapping[str, Visit], place: Place) -> Iterator[None]:
-    handles = [
+    hooks = (
         network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], place))
         for name, see in visit.items()
-    ]
-    try:
+    )
+    with hooked(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def columns_of(spec: LayerSpec) -> int:

@@ -15,6 +15,7 @@ from calib.block_calls import call_bytes, split_blocks
 from calib.capture import capture_bytes, columns_of, patch_rows
 from calib.device import memory_held
 from calib.fit import LOOKED_AT
+from calib.hooks import hooked
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
 from calib.recipe import Recipe
@@ -116,16 +117,9 @@ def _output_bytes(source: SourceModel, names: Sequence[str], told: Conditioning)
 
         return count
 
-    handles = [
-        module.register_forward_hook(counter(name))
-        for name in names
-        for module in source.network.get_submodule(name).modules()
-    ]
-    try:
+    inside = ((name, module) for name in names for module in source.network.get_submodule(name).modules())
+    with hooked(module.register_forward_hook(counter(name)) for name, module in inside):
         evaluate_zeros(source, told, 1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return totals
 
 
@@ -180,12 +174,8 @@ def _live_outputs(network: nn.Module) -> Iterator[_Live]:
         for value in _tensors(output):
             live.add(value)
 
-    handles = [module.register_forward_hook(note) for module in network.modules()]
-    try:
+    with hooked(module.register_forward_hook(note) for module in network.modules()):
         yield live
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _trajectory_bytes(source: SourceModel, recipe: Recipe, branches: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.fake_quant import QParams, dequantize, quantize
+from calib.hooks import hooked
 from calib.layer_op import apply_op, expand_parts, scaled_weight
 from calib.model import predict
 from calib.rounding import dequantized_weight
@@ -213,12 +214,8 @@ def record_layers(
         codes = module.codes(args[0]).cpu().numpy().astype(np.uint8)
         seen[module.spec.name] = LayerValues(args[0].cpu().numpy(), codes, output.cpu().numpy())
 
-    handles = [layer.register_forward_hook(note) for layer in reference.layers]
-    try:
+    with hooked(layer.register_forward_hook(note) for layer in reference.layers):
         prediction = reference(sample, timestep, **conditioning)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen, prediction
 
 
@@ -231,9 +228,5 @@ def perturbed(reference: ReferenceModel, relative: float, *, seed: int) -> Itera
         signs = torch.randint(0, 2, args[0].shape, generator=generator).to(args[0]) * 2 - 1
         return (args[0] * (1 + relative * signs), *args[1:])
 
-    handles = [layer.register_forward_pre_hook(disturb) for layer in reference.layers]
-    try:
+    with hooked(layer.register_forward_pre_hook(disturb) for layer in reference.layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

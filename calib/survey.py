@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from calib.families import example_conditioning
+from calib.hooks import hooked
 from calib.model import SourceModel, predict
 from dmq_export.bits import Bits
 from dmq_export.coverage import Coverage, FloatLayer
@@ -122,15 +123,15 @@ def observe(source: SourceModel) -> list[Call]:
             inputs.append(weakref.ref(x))
         calls.append(Call(name, tuple(x.shape), concats.parts(x, axis), number))
 
-    handles = [
+    hooks = (
         module.register_forward_pre_hook(lambda module, args, name=name: note(module, args, name))
         for name, module in source.network.named_modules()
         if type(module) in KINDS
-    ]
+    )
     device = next(source.network.parameters()).device
     conditioning = example_conditioning(source.class_name, source.config, batch=2)
     try:
-        with torch.no_grad(), concats:
+        with hooked(hooks), torch.no_grad(), concats:
             sample = torch.zeros(2, *source.sample_shape, device=device)
             on_device = {name: value.to(device) for name, value in conditioning.items()}
             predict(source.network, sample, torch.tensor(1.0, device=device), on_device)
@@ -139,9 +140,6 @@ def observe(source: SourceModel) -> list[Call]:
         raise ModelError(
             f"{source.class_name} does not run on inputs of the shapes in its config.json: {reason}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
