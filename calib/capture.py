@@ -1,6 +1,6 @@
 """What calibration keeps of a layer's inputs: patches to fit on, and exact extrema to take ranges from.
 
-Patches go to files, a region for each group of samples, and are read back memory-mapped, one layer at a time. So the
+Patches go to files, a region for each group of rows, and are read back memory-mapped, one layer at a time. So the
 memory this takes does not grow with the number of layers, and processes that share a calibration write one file.
 """
 
@@ -19,12 +19,12 @@ from calib.hooks import hooked
 from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
 from calib.moments import Moments
-from calib.trajectories import Trajectories
+from calib.trajectories import Extent, Trajectories
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.seeds import stream_seed
 
-GROUP = 16  # samples that share one extremum; ranges average over groups
+GROUP = 16  # rows that share one extremum; ranges average over groups
 FEWEST_ROWS, MOST_ROWS = 4096, 8192
 MOST_NUMBERS = 2**26  # of one layer's patches: 256 MiB
 MOST_WAITING = 2**28  # bytes of patches on a GPU that are not yet written
@@ -32,7 +32,7 @@ MOST_WAITING = 2**28  # bytes of patches on a GPU that are not yet written
 
 @dataclass(frozen=True)
 class Extrema:
-    """Per-channel extrema of a layer's input, ``[G, T, C]``: group of samples, step, channel."""
+    """Per-channel extrema of a layer's input, ``[G, T, C]``: group of rows, step, channel."""
 
     low: Tensor
     high: Tensor
@@ -69,17 +69,8 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the calibration set an evaluation is.
+    """Where in the calibration set an evaluation is: of consecutive rows, ``first`` is the first, at one step."""
 
-    Attributes:
-        group: of samples.
-        size: samples in that group.
-        first: of the evaluated samples, within the group.
-        step: row of the timesteps table.
-    """
-
-    group: int
-    size: int
     first: int
     step: int
 
@@ -87,40 +78,28 @@ class Place:
 Visit = Callable[[Tensor, Place], None]
 
 
-def group_count(trajectories: Trajectories) -> int:
-    """Groups of :data:`GROUP` samples, the last one may be smaller."""
-    return -(-trajectories.inputs.shape[1] // GROUP)
-
-
 def replay(
     network: nn.Module,
     trajectories: Trajectories,
-    group: int,
+    rows: range,
     visit: Mapping[str, Visit],
     *,
-    batch: int = GROUP,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Evaluate the network on one group of samples, step by step; each named layer's ``visit`` receives its input.
-
-    Args:
-        batch: samples per evaluation.
-    """
+    """Evaluate the network on some rows at once, step by step; each named layer's ``visit`` receives its input."""
     device = next(network.parameters()).device
-    start = group * GROUP
-    size = min(GROUP, trajectories.inputs.shape[1] - start)
+    own = slice(rows.start, rows.stop)
+    conditioning = {key: value[own].to(device) for key, value in trajectories.conditioning.items()}
     for step, timestep in enumerate(trajectories.timesteps):
-        for first in range(0, size, batch):
-            rows = slice(start + first, start + min(first + batch, size))
-            conditioning = {key: value[rows].to(device) for key, value in trajectories.conditioning.items()}
-            sample = trajectories.inputs[step, rows].to(device)
-            with torch.no_grad(), _inputs_seen(network, visit, Place(group, size, first, step)):
-                predict(network, sample, timestep.to(device), conditioning)
-            advance(len(sample))
+        sample = trajectories.inputs[step, own].to(device)
+        with torch.no_grad(), inputs_seen(network, visit, Place(rows.start, step)):
+            predict(network, sample, timestep.to(device), conditioning)
+        advance(len(sample))
 
 
 @contextmanager
-def _inputs_seen(network: nn.Module, visit: Mapping[str, Visit], place: Place) -> Iterator[None]:
+def inputs_seen(network: nn.Module, visit: Mapping[str, Visit], place: Place) -> Iterator[None]:
+    """While the block evaluates the network at ``place``, each named layer's ``visit`` receives its input."""
     hooks = (
         network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], place))
         for name, see in visit.items()
@@ -151,100 +130,127 @@ def capture_bytes(spec: LayerSpec, evaluations: int) -> int:
 
 
 class Captures:
-    """The inputs of several layers over a calibration set, captured group by group into ``work``.
+    """The inputs of several layers over a calibration set, captured a batch of rows at a time into ``work``.
 
     Args:
+        batches: of consecutive rows, all there are.
+        steps: at which each row is evaluated.
         specs: the layers of one pass over the set.
         seed: of the patches' positions.
     """
 
-    def __init__(self, work: WorkFolder, trajectories: Trajectories, specs: Sequence[LayerSpec], *, seed: int) -> None:
+    def __init__(
+        self, work: WorkFolder, batches: Sequence[range], steps: int, specs: Sequence[LayerSpec], *, seed: int
+    ) -> None:
+        self.extent = Extent(batches[-1].stop, steps)
+        self.seed = seed
         self._work = work
-        self._trajectories = trajectories
+        self.batches = batches
         self._specs = specs
-        self._seed = seed
 
-    def has(self, group: int) -> bool:
-        """Whether the group is captured."""
-        key = self._key(group)
+    def has(self, rows: range) -> bool:
+        """Whether a batch is captured."""
+        key = self._key(rows)
         return key in self._work and self._work.load(key).facts["layers"] == [spec.name for spec in self._specs]
 
-    def take(
-        self, network: nn.Module, group: int, *, batch: int = GROUP, advance: Callable[[int], None] = lambda _: None
-    ) -> None:
-        """Run the network once over a group of samples.
-
-        Args:
-            batch: samples per evaluation; which patches are taken does not depend on it.
-            advance: called with the number of evaluations done, for progress.
-        """
+    @contextmanager
+    def recording(self, rows: range) -> Iterator[Mapping[str, Visit]]:
+        """What the block is to show each layer's input of a batch, step by step; kept if it ends well."""
         writer = _Writer()
-        recorders = {
-            spec.name: _Recorder(spec, self._trajectories, self._file(spec), writer, self._seed) for spec in self._specs
-        }
-        replay(network, self._trajectories, group, recorders, batch=batch, advance=advance)
+        recorders = {spec.name: _Recorder(spec, self, rows, writer) for spec in self._specs}
+        yield recorders
         writer.flush()
         tensors = {
             f"{name}/{end}": table for name, recorder in recorders.items() for end, table in recorder.extrema().items()
         }
-        self._work.save(self._key(group), tensors, {"layers": list(recorders)})
+        self._work.save(self._key(rows), tensors, {"layers": list(recorders)})
+
+    def take(
+        self,
+        network: nn.Module,
+        trajectories: Trajectories,
+        rows: range,
+        *,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Evaluate the network on a recorded batch for nothing but this."""
+        with self.recording(rows) as visits:
+            replay(network, trajectories, rows, visits, advance=advance)
 
     def load(self, spec: LayerSpec) -> LayerInputs:
-        """A layer's inputs once every group is captured; the patches are memory-mapped."""
-        per_sample = patches_per_sample(spec, self._trajectories.evaluations)
-        shape = (self._trajectories.evaluations * per_sample, spec.in_channels, math.prod(spec.kernel))
-        patches = torch.from_file(str(self._file(spec)), size=math.prod(shape), dtype=torch.float32).view(shape)
-        samples, steps = self._trajectories.inputs.shape[1], len(self._trajectories.timesteps)
-        sizes = [min(GROUP, samples - first) for first in range(0, samples, GROUP)]
-        step = torch.cat([torch.arange(steps).repeat_interleave(size * per_sample) for size in sizes])
-        groups = [self._work.load(self._key(group)).tensors for group in range(len(sizes))]
-        low, high = (torch.stack([group[f"{spec.name}/{end}"] for group in groups]) for end in ("low", "high"))
-        return LayerInputs(patches, step, Extrema(low, high))
+        """A layer's inputs once every batch is captured; the patches are memory-mapped."""
+        per_sample = patches_per_sample(spec, self.extent.evaluations)
+        shape = (self.extent.evaluations * per_sample, spec.in_channels, math.prod(spec.kernel))
+        patches = torch.from_file(str(self.file(spec)), size=math.prod(shape), dtype=torch.float32).view(shape)
+        steps = torch.arange(self.extent.steps)
+        groups = groups_of(range(self.extent.rows))
+        step = torch.cat([steps.repeat_interleave(len(group) * per_sample) for group in groups])
+        parts = [self._work.load(self._key(rows)).tensors for rows in self.batches]
+        low, high = (torch.cat([part[f"{spec.name}/{end}"] for part in parts]) for end in ("low", "high"))
+        group = torch.tensor([part.start // GROUP for rows in self.batches for part in groups_of(rows)])
+        joined = [(low[group == number].amin(0), high[group == number].amax(0)) for number in range(len(groups))]
+        return LayerInputs(patches, step, Extrema(*(torch.stack(ends) for ends in zip(*joined, strict=True))))
 
     def forget(self) -> None:
         """Delete the patches, which nobody needs once the layers are fitted."""
         for spec in self._specs:
-            self._file(spec).unlink(missing_ok=True)
+            self.file(spec).unlink(missing_ok=True)
 
-    def _key(self, group: int) -> str:
-        first = self._specs[0]
-        return f"captures/{first.bits}/{first.name}/{group}"
-
-    def _file(self, spec: LayerSpec) -> Path:
+    def file(self, spec: LayerSpec) -> Path:
+        """Where a layer's patches are."""
         return self._work.raw(f"{spec.name}.patches")
+
+    def _key(self, rows: range) -> str:
+        first = self._specs[0]
+        return f"captures/{first.bits}/{first.name}/{rows.start}"
 
 
 class _Recorder:
-    """Writes one layer's patches of one group, call by call, and keeps its extrema."""
+    """Writes one layer's patches of a batch, step by step, and keeps its extrema."""
 
-    def __init__(self, spec: LayerSpec, trajectories: Trajectories, file: Path, writer: "_Writer", seed: int) -> None:
+    def __init__(self, spec: LayerSpec, captures: Captures, batch: range, writer: "_Writer") -> None:
         self._spec = spec
-        self._steps = len(trajectories.timesteps)
-        self._per_sample = patches_per_sample(spec, trajectories.evaluations)
-        self._seed = seed
-        self._file = file
+        self._seed = captures.seed
+        self._extent = captures.extent
+        self._file = captures.file(spec)
         self._writer = writer
-        shape = (self._steps, spec.in_channels)
+        self._per_sample = patches_per_sample(spec, self._extent.evaluations)
+        self._first_group = batch.start // GROUP
+        shape = (len(groups_of(batch)), self._extent.steps, spec.in_channels)
         self._low, self._high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
         with self._file.open("ab") as stream:
-            stream.truncate(capture_bytes(spec, trajectories.evaluations))
+            stream.truncate(capture_bytes(spec, self._extent.evaluations))
 
     def __call__(self, x: Tensor, place: Place) -> None:
-        # drawn for the whole group, so that they do not depend on how many samples are evaluated at once
-        generator = torch.Generator().manual_seed(
-            stream_seed(self._seed, "patches", self._spec.name, place.group, place.step)
-        )
-        positions = draw_positions(self._spec, (place.size, *x.shape[1:]), self._per_sample, generator)
-        own = positions[place.first : place.first + len(x)]
-        sample = place.group * GROUP * self._steps + place.step * place.size + place.first
-        self._writer.write(self._file, sample * self._per_sample, take_patches(self._spec, x, own))
-        axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
         self._low, self._high = self._low.to(x.device), self._high.to(x.device)
-        self._low[place.step] = torch.minimum(self._low[place.step], x.amin(axes))
-        self._high[place.step] = torch.maximum(self._high[place.step], x.amax(axes))
+        axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
+        for rows in groups_of(range(place.first, place.first + len(x))):
+            own = x[rows.start - place.first : rows.stop - place.first]
+            self._take(own, rows, place.step)
+            group = rows.start // GROUP - self._first_group
+            self._low[group, place.step] = own.amin(axes)
+            self._high[group, place.step] = own.amax(axes)
+
+    def _take(self, x: Tensor, rows: range, step: int) -> None:
+        """Patches of rows of one group."""
+        number = rows.start // GROUP
+        group = range(number * GROUP, min((number + 1) * GROUP, self._extent.rows))
+        # drawn for the whole group, so that they do not depend on how many rows are evaluated at once
+        generator = torch.Generator().manual_seed(stream_seed(self._seed, "patches", self._spec.name, number, step))
+        positions = draw_positions(self._spec, (len(group), *x.shape[1:]), self._per_sample, generator)
+        within = slice(rows.start - group.start, rows.stop - group.start)
+        before = group.start * self._extent.steps + step * len(group) + within.start
+        self._writer.write(self._file, before * self._per_sample, take_patches(self._spec, x, positions[within]))
 
     def extrema(self) -> dict[str, Tensor]:
+        """Of each of the batch's groups, ``[G, T, C]``."""
         return {"low": self._low, "high": self._high}
+
+
+def groups_of(rows: range) -> list[range]:
+    """Consecutive rows, parted where groups of :data:`GROUP` end."""
+    ends = range((rows.start // GROUP + 1) * GROUP, rows.stop + GROUP, GROUP)
+    return [range(max(rows.start, end - GROUP), min(rows.stop, end)) for end in ends]
 
 
 class _Writer:

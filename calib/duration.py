@@ -48,19 +48,22 @@ def stage_seconds(
         fits: seconds of all layers' fits.
     """
     branches = rows // recipe.samples
+    one_pass = rows * recipe.steps * evaluation * 1.2 + captured / passes / CAPTURED
+    further = passes - 1 + bool(recipe.sensitive_share)
     estimates = {
-        "trajectories": rows * recipe.steps * evaluation,
-        "layer inputs": passes * rows * recipe.steps * evaluation * 1.2 + captured / CAPTURED,
+        "trajectories": one_pass,  # which capture the first pass's layer inputs
         "layer fits": fits,
         "held-out trajectories": recipe.check_samples * branches * recipe.steps * evaluation,
         "check": 3 * recipe.check_samples * branches * recipe.steps * evaluation * 1.3,
     }
+    if further:
+        estimates["layer inputs"] = further * one_pass
     if recipe.sensitive_share:
         estimates["sensitivity"] = layers * SAMPLES * min(STEPS, recipe.steps) * evaluation * 1.3
-        estimates["layer inputs"] *= 2
         estimates["layer fits"] *= 1 + recipe.sensitive_share
     if recipe.pts_layers != "none":
-        estimates["PTS votes"] = rows * recipe.steps * evaluation * 1.2
+        voting = min(recipe.pts_samples, recipe.samples) * branches
+        estimates["PTS votes"] = voting * recipe.steps * evaluation * 1.2
     if recipe.rounding == "adaround":
         # every iteration runs one block forth and back, some evaluations at a time; all blocks make up the network
         estimates["AdaRound"] = BATCH * recipe.round_iterations * evaluation * 3
@@ -73,9 +76,10 @@ def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe)
     wide = max((spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS), key=columns_of, default=narrow)
     probes = {spec: _probe(source, spec, recipe) for spec in (narrow, wide)}
     iteration = _line([(_iteration_numbers(spec, recipe), seconds) for spec, (seconds, _) in probes.items()])
-    rest = _line([(_rest_nanoseconds(spec), seconds) for spec, (_, seconds) in probes.items()])
+    rest = _line([(_rest_nanoseconds(spec, clip=False), seconds) for spec, (_, seconds) in probes.items()])
     return [
-        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe)) + rest(_rest_nanoseconds(spec))
+        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe))
+        + rest(_rest_nanoseconds(spec, clip=recipe.clip))
         for spec in specs
     ]
 
@@ -90,13 +94,11 @@ def _line(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
 
 
 def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
-    """Seconds of one LES iteration, and of everything else in a fit."""
+    """Seconds of one LES iteration; and of the rest of a fit but clipping, which takes as long as the numbers say."""
     weight = source.network.get_submodule(spec.name).get_parameter("weight").detach()
     generator = torch.Generator().manual_seed(0)
     shape = (patch_rows(spec), spec.in_channels, math.prod(spec.kernel))
-    patches = (
-        torch.rand(shape, generator=generator).to(weight.device) - 0.5
-    )  # clipping gives up soon, as it mostly does
+    patches = torch.rand(shape, generator=generator).to(weight.device) - 0.5
     high = patches.amax((0, 2)).expand(1, recipe.steps, -1)
     step = torch.arange(len(patches), device=weight.device) % recipe.steps
     inputs = LayerInputs(patches, step, Extrema(-high, high))
@@ -109,7 +111,7 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
         equivalent_scaling([layer], inputs, replace(recipe, les_iterations=iterations, les_rounding_gain=False))
 
     def fit() -> None:
-        once, anew = replace(recipe, les_iterations=least), replace(inputs)  # which has no moments yet
+        once, anew = replace(recipe, les_iterations=least, clip=False), replace(inputs)  # which has no moments yet
         fit_layer(layer, anew, once, equivalent_scaling([layer], anew, once))
 
     with one_thread(weight.device):
@@ -135,17 +137,17 @@ def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
 
 
-def _rest_nanoseconds(spec: LayerSpec) -> float:
+def _rest_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
     """What a fit takes besides LES, on the core that this was measured on; only the proportions count.
 
-    In turn: clipping and the report, the search for the weights' ranges, columns one by one, their second moments,
+    In turn: the report and clipping, the search for the weights' ranges, columns one by one, their second moments,
     the moments' factors, and products with these. Learned rounding is done twice, the first time to learn its gain.
     """
     columns, rows, groups = columns_of(spec), patch_rows(spec), spec.groups
     chunk, outputs = min(columns, CHUNK), spec.out_channels // groups
     twice = groups + min(groups, GAIN_GROUPS)
     return (
-        65 * min(LOOKED_AT, rows * columns * groups)
+        (10 + 55 * clip) * min(LOOKED_AT, rows * columns * groups)
         + 4.3 * CANDIDATES * spec.out_channels * columns
         + 28e3 * (1 + SWEEPS) * twice * columns
         + 0.025 * groups * rows * columns * chunk / 2

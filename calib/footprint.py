@@ -64,7 +64,7 @@ def footprint(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Condi
     On a GPU these are bytes of its memory.
     """
     device = next(source.network.parameters()).device
-    specs, branches = surveyed.coverage.quantized, 2 if told.unconditional else 1
+    specs, branches = surveyed.coverage.quantized, told.branches
     sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
     sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
@@ -95,7 +95,7 @@ def rounding_bytes(source: SourceModel, surveyed: Survey, recipe: Recipe, told: 
     """Memory that AdaRound takes: recorded calls; a block's outputs for its gradients, its weights, Adam's moments."""
     names = [block.name for block in surveyed.blocks]
     sizes = call_bytes(source.network, names, lambda: evaluate_zeros(source, told, 1))
-    samples = recipe.samples * (2 if told.unconditional else 1)
+    samples = recipe.samples * told.branches
     groups = split_blocks(sizes, recipe.steps, samples, recipe.round_samples)
     calls = max(sum(sizes[name] * recipe.steps * count for name, count in group.items()) for group in groups)
     weights = {spec.name: spec.weight_count for spec in surveyed.coverage.quantized}

@@ -121,7 +121,7 @@ def make_plan(
     """
     specs = surveyed.coverage.quantized
     told = conditioning_for(source, recipe, 1)
-    rows = recipe.samples * (2 if told.unconditional else 1)
+    rows = recipe.samples * told.branches
     evaluations = rows * recipe.steps
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
     passes = split_passes(families, evaluations, _disk_limit(limits, work))

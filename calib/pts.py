@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calib.capture import GROUP, Place, replay
+from calib.capture import Place, replay
 from calib.fake_quant import QParams, fake_quantize
 from calib.layer_op import expand_parts
 from calib.trajectories import Trajectories
@@ -61,15 +61,14 @@ def decide(counts: Tensor, kappa: float) -> Vote:
 def count_votes(
     network: nn.Module,
     trajectories: Trajectories,
-    group: int,
+    rows: range,
     layers: Sequence[QuantizedLayer],
     *,
-    batch: int = GROUP,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """How many samples of a group prefer each exponent, by layer ``[4, C]``, on the float network's inputs."""
+    """How many rows prefer each exponent, by layer ``[4, C]``, on the float network's inputs at all steps."""
     ballots = {layer.spec.name: _Ballot(layer) for layer in layers}
-    replay(network, trajectories, group, ballots, batch=batch, advance=advance)
+    replay(network, trajectories, rows, ballots, advance=advance)
     return {name: ballot.counts for name, ballot in ballots.items()}
 
 

@@ -42,6 +42,7 @@ class Recipe:
         clip: search the activation ranges by squared output error instead of min-max.
         pts_layers: which layers vote on power-of-two scaling.
         pts_kappa: share of the votes that an exponent must exceed.
+        pts_samples: trajectories that vote, or all there are.
         rounding: of the weights.
         round_iterations: of AdaRound per block.
         round_samples: evaluations AdaRound fits a block on.
@@ -73,6 +74,7 @@ class Recipe:
     clip: bool = True
     pts_layers: PtsLayers = "skip"
     pts_kappa: float = 0.85
+    pts_samples: int = 64
     rounding: Rounding = "gptq"
     round_iterations: int = 0
     round_samples: int = 1024
@@ -84,7 +86,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "steps", "check_samples", "les_batch"):
+        for name in ("samples", "steps", "check_samples", "les_batch", "pts_samples"):
             if getattr(self, name) < 1:
                 raise DmqError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.les_iterations < 0 or self.timestep_alpha < 0:
@@ -136,6 +138,7 @@ PRESETS: dict[Preset, Recipe] = {
         les_joint=False,
         les_rounding_gain=False,
         timestep_alpha=20.0,
+        pts_samples=256,
         rounding="adaround",
         round_iterations=20000,
         clip=False,

@@ -6,6 +6,7 @@ stage computes what is missing, waits for the others, and then reads its result 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,26 +15,28 @@ import torch
 
 from calib.adaround import adaround
 from calib.block_calls import CallRecorder
-from calib.capture import GROUP, Captures, group_count
+from calib.capture import Captures, Place, Visit, inputs_seen
 from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
 from calib.device import evaluating
 from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
 from calib.layer_op import weight_of
 from calib.model import SourceModel
-from calib.plan import Plan
+from calib.plan import Family, Plan
 from calib.pts import count_votes, decide
 from calib.ranks import Ranks
 from calib.recipe import Recipe
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.survey import Survey
-from calib.trajectories import SamplerSettings, Trajectories, joined, record_trajectories
+from calib.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
 from calib.work import WorkFolder
 from calib.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.progress import Advance, Progress
 from dmq_export.seeds import stream_seed
+
+Recording = AbstractContextManager[Mapping[str, Visit]]
 
 
 @dataclass(frozen=True)
@@ -58,24 +61,35 @@ class Stages:
         recipe = self.recipe.held_out() if held_out else self.recipe
         settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
         conditioning = conditioning_for(self.source, recipe, count)
-        evaluations = recipe.steps * (2 if conditioning.unconditional else 1)
-        starts = range(0, count, self.plan.batch)
-        batches = {f"{name}/{start}": range(start, min(start + self.plan.batch, count)) for start in starts}
+        branches, extent = conditioning.branches, extent_of(self.source, settings, conditioning, count)
+        captures = None if held_out else self._captures(self.plan.passes[0], extent, branches)
+        batches = {f"{name}/{batch.start}": batch for batch in _parted(count, self.plan.batch)}
 
         def compute(key: str, advance: Advance) -> None:
-            seed = stream_seed(recipe.seed, name)
-            made = record_trajectories(self.source, settings, conditioning, batches[key], seed=seed, advance=advance)
-            self.work.save(key, made.tensors())
+            batch = batches[key]
+            rows = range(batch.start * branches, batch.stop * branches)
+            recording: Recording = captures.recording(rows) if captures else nullcontext({})
+            with recording as visits:
+                made = record_trajectories(
+                    self.source,
+                    settings,
+                    conditioning,
+                    batch,
+                    seed=stream_seed(recipe.seed, name),
+                    advance=advance,
+                    watch=lambda step: inputs_seen(self.source.network, visits, Place(rows.start, step)),
+                )
+                self.work.save(key, made.tensors())
 
-        self._each(name, "evaluation", {key: len(batch) * evaluations for key, batch in batches.items()}, compute)
+        sizes = {key: len(batch) * branches * recipe.steps for key, batch in batches.items()}
+        self._each(name, "evaluation", sizes, compute)
         return joined([Trajectories.of_tensors(self.work.load(key).tensors) for key in batches])
 
     def fit(self, calibration: Trajectories) -> list[LayerFit]:
         """Fit every layer on its own; in the order of the survey."""
         for families in self.plan.passes:
-            specs = [spec for family in families for spec in family]
-            if not self._fitted(specs):
-                captures = Captures(self.work, calibration, specs, seed=self.recipe.seed)
+            if not self._fitted(_layers(families)):
+                captures = self._captures(families, calibration.extent, calibration.branches)
                 self._capture(captures, calibration)
                 self._fit_pass(captures, families)
                 if self.ranks.leads:
@@ -151,16 +165,16 @@ class Stages:
         voters = [layer for layer in layers if self._votes(layer.spec)]
         if not voters:
             return list(layers), {}
-        groups = {f"votes/{group}": group for group in range(group_count(calibration))}
+        voting = min(self.recipe.pts_samples * calibration.branches, calibration.extent.rows)
+        batches = {f"votes/{rows.start}": rows for rows in _parted(voting, self.plan.batch * calibration.branches)}
 
         def compute(key: str, advance: Advance) -> None:
-            counts = count_votes(
-                self.source.network, calibration, groups[key], voters, batch=self.plan.batch, advance=advance
-            )
+            counts = count_votes(self.source.network, calibration, batches[key], voters, advance=advance)
             self.work.save(key, counts)
 
-        self._each("PTS votes", "evaluation", self._group_sizes(groups, calibration), compute)
-        counts = [self.work.load(key).tensors for key in groups]
+        steps = calibration.extent.steps
+        self._each("PTS votes", "evaluation", {key: len(rows) * steps for key, rows in batches.items()}, compute)
+        counts = [self.work.load(key).tensors for key in batches]
         votes = {
             name: decide(torch.stack([of_group[name] for of_group in counts]).sum(0), self.recipe.pts_kappa)
             for name in counts[0]
@@ -188,16 +202,28 @@ class Stages:
         measured = {variant: self.work.load(key).facts["sqnr_db"] for key, variant in variants.items()}
         return {"timesteps": held_out.timesteps.tolist(), **measured}
 
+    def _captures(self, families: Sequence[Family], extent: Extent, branches: int) -> Captures:
+        """The inputs of a pass's layers, in batches of the rows that are evaluated at once."""
+        batches = _parted(extent.rows, self.plan.batch * branches)
+        return Captures(self.work, batches, extent.steps, _layers(families), seed=self.recipe.seed)
+
     def _capture(self, captures: Captures, calibration: Trajectories) -> None:
-        groups = {str(group): group for group in range(group_count(calibration))}
+        """Evaluate the network again where the inputs were not captured while the trajectories were recorded."""
+        batches = {str(rows.start): rows for rows in captures.batches}
 
         def compute(key: str, advance: Advance) -> None:
-            captures.take(self.source.network, groups[key], batch=self.plan.batch, advance=advance)
+            captures.take(self.source.network, calibration, batches[key], advance=advance)
 
-        sizes = self._group_sizes(groups, calibration)
-        self._each("layer inputs", "evaluation", sizes, compute, has=lambda key: captures.has(groups[key]))
+        def has(key: str) -> bool:
+            return captures.has(batches[key])
 
-    def _fit_pass(self, captures: Captures, families: Sequence[tuple[LayerSpec, ...]]) -> None:
+        if all(has(key) for key in self.ranks.share(list(batches))):
+            self.ranks.wait()  # for those who have something to do
+        else:
+            sizes = {key: len(rows) * calibration.extent.steps for key, rows in batches.items()}
+            self._each("layer inputs", "evaluation", sizes, compute, has)
+
+    def _fit_pass(self, captures: Captures, families: Sequence[Family]) -> None:
         mine = self.ranks.share(families)
         missing = [specs for specs in mine if not self._fitted(specs)]
         total = sum(len(specs) for specs in mine)
@@ -228,11 +254,6 @@ class Stages:
     def _votes(self, spec: LayerSpec) -> bool:
         return self.recipe.pts_layers == "all" or (self.recipe.pts_layers == "skip" and len(spec.parts) > 1)
 
-    def _group_sizes(self, groups: Mapping[str, int], calibration: Trajectories) -> dict[str, int]:
-        """Evaluations of each group."""
-        steps, samples = calibration.inputs.shape[:2]
-        return {key: steps * min(GROUP, samples - group * GROUP) for key, group in groups.items()}
-
     def _each(
         self,
         stage: str,
@@ -252,3 +273,11 @@ class Stages:
                 else:
                     compute(key, advance)
             self.ranks.wait()
+
+
+def _parted(count: int, at_once: int) -> list[range]:
+    return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+
+
+def _layers(families: Sequence[Family]) -> list[LayerSpec]:
+    return [spec for family in families for spec in family]

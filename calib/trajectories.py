@@ -4,8 +4,11 @@ The sampler runs once per sample and every step of it is recorded, so ``T`` eval
 it for each step, as the method's published code does, takes ``T (T + 1) / 2``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +52,24 @@ class Conditioning:
     given: Mapping[str, Tensor]
     unconditional: Mapping[str, Tensor]
 
+    @property
+    def branches(self) -> int:
+        """Evaluations of the network per sample and step."""
+        return 2 if self.unconditional else 1
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a calibration set: rows (samples, twice as many with guidance) and distinct timesteps."""
+
+    rows: int
+    steps: int
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is asked about a row."""
+        return self.rows * self.steps
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -72,9 +93,14 @@ class Trajectories:
     samples: Tensor
 
     @property
-    def evaluations(self) -> int:
-        """How often the network was asked: steps times samples."""
-        return self.inputs.shape[0] * self.inputs.shape[1]
+    def extent(self) -> Extent:
+        """Rows and steps."""
+        return Extent(self.inputs.shape[1], self.inputs.shape[0])
+
+    @property
+    def branches(self) -> int:
+        """Rows of a sample: 2 with guidance."""
+        return self.inputs.shape[1] // len(self.samples)
 
     def first(self, rows: int) -> "Trajectories":
         """The first ``rows`` of the ``N`` axis, at all steps; the final samples of all."""
@@ -98,6 +124,20 @@ class Trajectories:
         return cls(**own, conditioning=told)
 
 
+Watch = Callable[[int], AbstractContextManager[None]]
+"""Enters a context for the evaluation of a row of the timesteps table."""
+
+
+def extent_of(source: SourceModel, settings: SamplerSettings, conditioning: Conditioning, samples: int) -> Extent:
+    """The size of so many trajectories, before they are recorded.
+
+    Raises:
+        DmqError: the scheduler cannot be built.
+    """
+    scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps, source.config)
+    return Extent(samples * conditioning.branches, len(_last_visits(scheduler.timesteps)))
+
+
 def record_trajectories(
     source: SourceModel,
     settings: SamplerSettings,
@@ -106,12 +146,14 @@ def record_trajectories(
     *,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
+    watch: Watch = lambda _: nullcontext(),
 ) -> Trajectories:
     """Sample the trajectories ``indices`` from noise, all at once; number ``i`` depends on ``seed`` and ``i`` alone.
 
     Args:
         conditioning: of all trajectories there are.
         advance: called with the number of evaluations done, for progress.
+        watch: entered for every evaluation that is recorded.
 
     Raises:
         DmqError: the scheduler cannot be built, or does not take ``eta``.
@@ -125,10 +167,13 @@ def record_trajectories(
     generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
     scale = settings.guidance_scale
     guidance = None if scale is None or not conditioning.unconditional else Guidance(scale, without, torch.cat)
-    recorder = _Recorder(advance)
+    recorder = _Recorder(_last_visits(scheduler.timesteps), advance)
+    visits = itertools.count()
 
     def denoise(x: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
-        return predict(source.network, x, timestep.to(device), inputs)
+        row = recorder.row(next(visits))
+        with nullcontext() if row is None else watch(row):
+            return predict(source.network, x, timestep.to(device), inputs)
 
     with torch.no_grad():
         samples = sample(
@@ -155,25 +200,35 @@ def joined(batches: Sequence[Trajectories]) -> Trajectories:
     )
 
 
-class _Recorder:
-    """Keeps the last visit to each timestep, in the order of those visits."""
+def _last_visits(timesteps: Iterable[Any]) -> dict[float, int]:
+    """The distinct timesteps in the order of their last visits, and which visit each one's last is."""
+    last = {float(timestep): visit for visit, timestep in enumerate(timesteps)}
+    return dict(sorted(last.items(), key=lambda item: item[1]))
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
+
+class _Recorder:
+    """Keeps the last visit to each timestep."""
+
+    def __init__(self, last_visits: Mapping[float, int], advance: Callable[[int], None]) -> None:
+        self._timesteps = list(last_visits)
+        self._rows = {visit: row for row, visit in enumerate(last_visits.values())}
+        self._kept: list[Evaluation] = []
         self._advance = advance
-        self._visits: dict[float, Evaluation] = {}
+
+    def row(self, visit: int) -> int | None:
+        """The row of the timesteps table that this visit fills, if it is the last one to its timestep."""
+        return self._rows.get(visit)
 
     def note(self, evaluation: Evaluation) -> None:
-        timestep = float(evaluation.timestep)
-        self._visits.pop(timestep, None)
-        self._visits[timestep] = evaluation
+        if self.row(evaluation.step) is not None:
+            self._kept.append(evaluation)
         self._advance(len(evaluation.sample))
 
     def trajectories(self, samples: Tensor) -> Trajectories:
-        evaluations = list(self._visits.values())
         return Trajectories(
-            timesteps=torch.tensor(list(self._visits), dtype=torch.float32),
-            inputs=torch.stack([evaluation.sample.cpu() for evaluation in evaluations]),
-            predictions=torch.stack([evaluation.prediction.cpu() for evaluation in evaluations]),
-            conditioning={key: value.cpu() for key, value in evaluations[0].conditioning.items()},
+            timesteps=torch.tensor(self._timesteps, dtype=torch.float32),
+            inputs=torch.stack([evaluation.sample.cpu() for evaluation in self._kept]),
+            predictions=torch.stack([evaluation.prediction.cpu() for evaluation in self._kept]),
+            conditioning={key: value.cpu() for key, value in self._kept[0].conditioning.items()},
             samples=samples.cpu(),
         )

@@ -3,17 +3,30 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import conv2d, linear
 from torch import Tensor, nn
 
-from calib.capture import GROUP, Captures, LayerInputs, Place, capture_bytes, group_count, patch_rows, replay
+from calib.capture import (
+    GROUP,
+    Captures,
+    LayerInputs,
+    Place,
+    capture_bytes,
+    groups_of,
+    inputs_seen,
+    patch_rows,
+    replay,
+)
 from calib.model import SourceModel, load_model, predict
 from calib.survey import survey
-from calib.trajectories import Trajectories
+from calib.trajectories import Conditioning, SamplerSettings, Trajectories, extent_of, record_trajectories
 from calib.work import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
@@ -55,14 +68,15 @@ def captured_inputs(
     batch: int = GROUP,
     backwards: bool = False,
 ) -> dict[str, LayerInputs]:
-    """All groups, one after the other or the other way round; the files' mappings outlive the files."""
+    """All batches, one after the other or the other way round; the files' mappings outlive the files."""
+    extent = trajectories.extent
+    batches = [range(first, min(first + batch, extent.rows)) for first in range(0, extent.rows, batch)]
     with tempfile.TemporaryDirectory() as folder:
-        captures = Captures(WorkFolder(Path(folder)), trajectories, specs, seed=seed)
-        groups = range(group_count(trajectories))
-        for group in reversed(groups) if backwards else groups:
-            assert not captures.has(group)
-            captures.take(network, group, batch=batch)
-            assert captures.has(group)
+        captures = Captures(WorkFolder(Path(folder)), batches, extent.steps, specs, seed=seed)
+        for rows in reversed(batches) if backwards else batches:
+            assert not captures.has(rows)
+            captures.take(network, trajectories, rows)
+            assert captures.has(rows)
         return {spec.name: captures.load(spec) for spec in specs}
 
 
@@ -191,27 +205,44 @@ def test_there_are_several_times_as_many_patches_as_columns_up_to_a_limit() -> N
     assert patch_rows(huge) * 2560 * 9 * 4 <= 2**28
 
 
-def test_groups_captured_in_any_order_and_batch_are_the_same(specs: list[LayerSpec], wanderings: Trajectories) -> None:
+@pytest.mark.parametrize("changed", [{"batch": 1}, {"batch": 3}, {"batch": 2 * GROUP}, {"backwards": True}], ids=str)
+def test_batches_captured_in_any_order_and_size_are_the_same(changed: dict[str, Any]) -> None:
     # a network that computes each sample by itself, to the bit
     layers = [conv2d(), linear()]
-    trajectories = numbered(GROUP + 5)
+    trajectories = numbered(2 * GROUP + 5)
     whole = captured_inputs(Encoding(), trajectories, layers, seed=0)
-    for changed in ({"batch": 3}, {"backwards": True}):
-        other = captured_inputs(Encoding(), trajectories, layers, seed=0, **changed)
-        for spec in layers:
-            assert_same(whole[spec.name], other[spec.name])
+    other = captured_inputs(Encoding(), trajectories, layers, seed=0, **changed)
+    for spec in layers:
+        assert_same(whole[spec.name], other[spec.name])
 
 
-def test_a_group_counts_as_captured_only_for_the_same_layers(tmp_path: Path) -> None:
-    work, trajectories = WorkFolder(tmp_path), numbered(2)
-    Captures(work, trajectories, [conv2d()], seed=0).take(Encoding(), 0)
-    assert Captures(work, trajectories, [conv2d()], seed=0).has(0)
-    assert not Captures(work, trajectories, [conv2d(), linear()], seed=0).has(0)
+def test_a_batch_counts_as_captured_only_for_the_same_layers(tmp_path: Path) -> None:
+    work, batches = WorkFolder(tmp_path), [range(2)]
+    Captures(work, batches, STEPS, [conv2d()], seed=0).take(Encoding(), numbered(2), range(2))
+    assert Captures(work, batches, STEPS, [conv2d()], seed=0).has(range(2))
+    assert not Captures(work, batches, STEPS, [conv2d(), linear()], seed=0).has(range(2))
+
+
+def test_a_recording_that_fails_is_not_kept(tmp_path: Path) -> None:
+    captures = Captures(WorkFolder(tmp_path), [range(2)], STEPS, [linear()], seed=0)
+    with pytest.raises(RuntimeError, match="on purpose"), captures.recording(range(2)):
+        raise RuntimeError("on purpose")
+    assert not captures.has(range(2))
+
+
+@given(st.integers(0, 100), st.integers(1, 100))
+def test_rows_are_parted_where_groups_end(first: int, count: int) -> None:
+    rows = range(first, first + count)
+    parts = groups_of(rows)
+    assert [row for part in parts for row in part] == list(rows)
+    assert [{row // GROUP for row in part} for part in parts] == [
+        {group} for group in range(first // GROUP, (first + count - 1) // GROUP + 1)
+    ]
 
 
 def test_forgotten_patches_leave_no_file(tmp_path: Path) -> None:
-    captures = Captures(WorkFolder(tmp_path), numbered(2), [conv2d(), linear()], seed=0)
-    captures.take(Encoding(), 0)
+    captures = Captures(WorkFolder(tmp_path), [range(2)], STEPS, [conv2d(), linear()], seed=0)
+    captures.take(Encoding(), numbered(2), range(2))
     assert len(list(tmp_path.rglob("*.patches"))) == 2
     captures.forget()
     assert list(tmp_path.rglob("*.patches")) == []
@@ -232,23 +263,43 @@ def test_patches_take_the_memory_that_was_said(count: int) -> None:
     assert captured.patches.nbytes == capture_bytes(linear(), 2 * count)
 
 
-def test_replay_visits_groups_of_samples_each_through_all_steps() -> None:
+def test_replay_visits_rows_at_all_steps() -> None:
     visits: list[tuple[Place, list[int]]] = []
     progress: list[int] = []
 
     def note(x: Tensor, place: Place) -> None:
         visits.append((place, (x[:, 0, 0].long() // 1000).tolist()))
 
-    for group in range(2):
-        replay(Encoding(), numbered(GROUP + 3), group, {"proj": note}, batch=10, advance=progress.append)
-    expected = [
-        (Place(group, size, first, step), [group * GROUP + i for i in range(first, min(first + 10, size))])
-        for group, size in ((0, GROUP), (1, 3))
-        for step in range(STEPS)
-        for first in range(0, size, 10)
-    ]
-    assert visits == expected
-    assert sum(progress) == (GROUP + 3) * STEPS
+    replay(Encoding(), numbered(GROUP + 3), range(5, 12), {"proj": note}, advance=progress.append)
+    assert visits == [(Place(5, step), list(range(5, 12))) for step in range(STEPS)]
+    assert sum(progress) == 7 * STEPS
+
+
+@pytest.mark.parametrize(("scheduler", "guidance"), [("ddim", None), ("pndm", 2.0)])
+def test_what_is_captured_while_trajectories_are_recorded_is_what_a_replay_of_them_captures(
+    tiny: SourceModel, specs: list[LayerSpec], scheduler: str, guidance: float | None, tmp_path: Path
+) -> None:
+    """To the bit; PNDM visits a timestep twice, and guidance evaluates two branches at once."""
+    labels = torch.arange(3) % 3
+    told = Conditioning({"class_labels": labels}, {} if guidance is None else {"class_labels": torch.zeros(3).long()})
+    settings = SamplerSettings(scheduler, 4, guidance_scale=guidance)
+    extent = extent_of(tiny, settings, told, 3)
+    rows = range(extent.rows)
+    one, other = (Captures(WorkFolder(tmp_path / n), [rows], extent.steps, specs, seed=0) for n in ("one", "other"))
+    with one.recording(rows) as visits:
+        trajectories = record_trajectories(
+            tiny,
+            settings,
+            told,
+            range(3),
+            seed=0,
+            watch=lambda step: inputs_seen(tiny.network, visits, Place(0, step)),
+        )
+    assert trajectories.extent == extent
+    assert extent.rows == 3 * trajectories.branches == (3 if guidance is None else 6)
+    other.take(tiny.network, trajectories, rows)
+    for spec in specs:
+        assert_same(one.load(spec), other.load(spec))
 
 
 def test_no_hook_stays_on_the_network_even_if_a_visit_fails() -> None:
@@ -260,5 +311,5 @@ def test_no_hook_stays_on_the_network_even_if_a_visit_fails() -> None:
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        replay(network, numbered(2), 0, {"proj": fail})
+        replay(network, numbered(2), range(2), {"proj": fail})
     assert not any(module._forward_pre_hooks for module in network.modules())

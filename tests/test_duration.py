@@ -47,24 +47,27 @@ def test_a_layer_takes_a_moment_and_what_it_multiplies(source: SourceModel, monk
     ]
 
     def rest(spec: LayerSpec) -> float:
-        return 0.3 + 2e-9 * _rest_nanoseconds(spec)  # on a core half as fast
+        return 0.3 + 2e-9 * _rest_nanoseconds(spec, clip=False)  # on a core half as fast
 
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
         return 1e-4 * columns_of(spec), rest(spec)
 
     monkeypatch.setattr(calib.duration, "_probe", probe)
-    without, recipe = replace(TINY_RECIPE, les_iterations=0), replace(TINY_RECIPE, les_iterations=50)
+    without = replace(TINY_RECIPE, les_iterations=0, clip=False)
+    recipe = replace(without, les_iterations=50)
     found = fit_seconds(source, specs, without)
     assert found == pytest.approx([rest(spec) for spec in specs])
     learned = [more - less for more, less in zip(fit_seconds(source, specs, recipe), found, strict=True)]
     assert learned == pytest.approx([50 * 1e-4 * columns_of(spec) for spec in specs])
+    clipped = fit_seconds(source, specs, replace(without, clip=True))
+    assert all(more > less for more, less in zip(clipped, found, strict=True))
 
 
 def test_a_layer_twice_as_large_takes_about_as_much_longer_as_its_columns_say() -> None:
     """Clipping looks at so many numbers and no more, whole moments grow with the cube, and chunks of them do not."""
 
     def seconds(channels: int, out_channels: int = 128, **changes: int) -> float:
-        return 1e-9 * _rest_nanoseconds(conv2d(parts=(channels,), out_channels=out_channels, **changes))
+        return 1e-9 * _rest_nanoseconds(conv2d(parts=(channels,), out_channels=out_channels, **changes), clip=True)
 
     assert 2 < seconds(256) / seconds(128) < 4
     assert 1.5 < seconds(1536) / seconds(768) < 2.2  # on fewer patches

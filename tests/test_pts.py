@@ -149,10 +149,7 @@ def test_all_samples_at_all_steps_vote(spec: LayerSpec, steps: int) -> None:
 
     counts = numpy_counts(layer, inputs)
     assert counts.sum(0).tolist() == [3 * 18] * spec.in_channels
-    # 18 samples are two groups
-    ballots = [
-        count_votes(OneLayer(spec), trajectories, group, [layer], batch=batch) for group, batch in ((0, 16), (1, 1))
-    ]
+    ballots = [count_votes(OneLayer(spec), trajectories, rows, [layer]) for rows in (range(16), range(16, 18))]
     assert [ballot.keys() for ballot in ballots] == [{"layer"}, {"layer"}]
     counted = ballots[0]["layer"] + ballots[1]["layer"]
     assert np.array_equal(counted, counts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import TINY_RECIPE
 
-from calib.capture import Captures, group_count
+from calib.capture import Captures
 from calib.fit import FloatLayer, fit_key, load_fit
 from calib.layer_op import weight_of
 from calib.model import load_model
@@ -27,9 +27,8 @@ def tasks(tiny_model: Path, tmp_path: Path) -> list[FitTask]:
     trajectories = record_trajectories(source, SamplerSettings(steps=2), told, range(2), seed=0)
     specs = survey(source, Bits(4, 8), "asymmetric", ()).coverage.quantized[:3]
     work = WorkFolder(tmp_path)
-    captures = Captures(work, trajectories, specs, seed=0)
-    for group in range(group_count(trajectories)):
-        captures.take(source.network, group)
+    captures = Captures(work, [range(2)], trajectories.extent.steps, specs, seed=0)
+    captures.take(source.network, trajectories, range(2))
     layers = [FloatLayer(spec, weight_of(source.network.get_submodule(spec.name)), None) for spec in specs]
     return [FitTask((layer,), captures, TINY_RECIPE, work, CPU) for layer in layers]
 
