@@ -91,7 +91,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     rows.append(("total", f"{sum(plan['seconds'].values()):.1f}", f"{sum(taken.values()):.1f}"))
     how = "extrapolated s" if options.extrapolate else "taken s"
     print(table((f"{name}, {options.preset}, {options.bits}", "planned s", how), rows, right=(1, 2)))
-    peak = result["peak_gpu_memory_bytes"] or result["peak_memory_bytes"]
+    peak = result.get("peak_gpu_memory_bytes", result["peak_memory_bytes"])
     error = plan["memory_bytes"] / peak - 1
     print(f"peak memory {peak / GIB:.1f} GiB of the GPU, the plan was {100 * error:+.0f} % off")
     print(f"{result['peak_memory_bytes'] / GIB:.1f} GiB of the main memory")

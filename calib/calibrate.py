@@ -185,10 +185,11 @@ def _versions() -> dict[str, str]:
 
 def _run_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
     """What differs from run to run, kept apart from the checkpoint."""
+    of_worker = {"peak_memory_of_a_worker_bytes": peak_memory(of_children=True)} if plan.workers > 1 else {}
     return {
         "seconds": progress.seconds,
         **peaks(),
-        "peak_memory_of_a_worker_bytes": peak_memory(of_children=True),
+        **of_worker,
         "plan": plan.to_json(),
         "machine": platform.platform(),
     }

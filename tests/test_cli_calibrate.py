@@ -1,6 +1,7 @@
 """``calibrate`` as a user meets it: plans, limits, logs, and going on after a stop."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def test_the_log_tells_every_stage_and_layer(tiny_model: Path, tmp_path: Path) -
     assert {e["stage"] for e in events if e["event"] == "stage done"} == set(facts["seconds"])
     assert events[-1]["event"] == "done"
     assert facts["peak_memory_bytes"] > 2**27
+    assert "peak_memory_of_a_worker_bytes" not in facts  # there was none
+
+
+def test_the_memory_of_workers_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    done = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY, "--workers", "2")
+    assert re.search(r"peak memory [\d.]+ [MG]iB, [\d.]+ [MG]iB in a worker\n", done.stdout)
 
 
 def test_the_same_command_goes_on_and_another_is_refused_in_one_line(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib.recipe import Recipe
 from dmq_export.bundled import model_folder
-from dmq_export.checkpoint import Checkpoint, require_place
+from dmq_export.checkpoint import RUN, Checkpoint, require_place
 from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError
-from dmq_export.memory import in_words, peak_gpu_memory, peak_memory
+from dmq_export.files import read_json
+from dmq_export.memory import in_words
 from dmq_export.progress import Progress
 from dmq_export.rank import Rank
 from dmq_export.table import table
@@ -23,18 +25,20 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 WORST_SHOWN = 5
+PEAKS = {
+    "peak_memory_bytes": "",
+    "peak_gpu_memory_bytes": " on the GPU",
+    "peak_memory_of_a_worker_bytes": " in a worker",
+}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A written checkpoint, and what it took: seconds by stage; bytes of this process, on the GPU, of a worker."""
+    """A written checkpoint, and what it took as its run.json says."""
 
     folder: Path
     checkpoint: Checkpoint
-    seconds: dict[str, float]
-    peak_memory: int
-    peak_gpu_memory: int | None
-    peak_of_a_worker: int
+    run: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -44,10 +48,8 @@ class Calibration:
             "quantized": [layer.name for layer in coverage.quantized],
             "float": {layer.name: layer.reason for layer in coverage.float_layers},
             "prediction_sqnr_db": self.checkpoint.metrics["prediction_sqnr_db"],
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory,
-            "peak_gpu_memory_bytes": self.peak_gpu_memory,
-            "peak_memory_of_a_worker_bytes": self.peak_of_a_worker,
+            "seconds": self.run["seconds"],
+            **{key: self.run[key] for key in PEAKS if key in self.run},
         }
 
     def text(self) -> str:
@@ -64,11 +66,11 @@ class Calibration:
         )
 
     def _cost(self) -> str:
-        rows = [(stage, f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
-        times = table(("seconds", ""), [*rows, ("total", f"{sum(self.seconds.values()):.1f}")], right=(1,))
-        worker = f", {in_words(self.peak_of_a_worker)} in a worker" if self.peak_of_a_worker else ""
-        on_gpu = f", {in_words(self.peak_gpu_memory)} on the GPU" if self.peak_gpu_memory else ""
-        return f"{times}\n\npeak memory {in_words(self.peak_memory)}{worker}{on_gpu}"
+        seconds = self.run["seconds"]
+        rows = [(stage, f"{taken:.1f}") for stage, taken in seconds.items()]
+        times = table(("seconds", ""), [*rows, ("total", f"{sum(seconds.values()):.1f}")], right=(1,))
+        peaks = [f"{in_words(self.run[key])}{where}" for key, where in PEAKS.items() if key in self.run]
+        return f"{times}\n\npeak memory {', '.join(peaks)}"
 
     def _quality(self) -> str:
         sqnr = self.checkpoint.metrics["prediction_sqnr_db"]
@@ -189,8 +191,7 @@ def calibrate_model(job: Job) -> Calibration | None:
     checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
     if Rank.of(os.environ).index:
         return None
-    of_children = peak_memory(of_children=True)
-    return Calibration(job.output, checkpoint, progress.seconds, peak_memory(), peak_gpu_memory(), of_children)
+    return Calibration(job.output, checkpoint, read_json(job.output / RUN))
 
 
 def plan_model(job: Job) -> CalibrationPlan:
