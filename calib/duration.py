@@ -20,7 +20,8 @@ from calib.replay import WARM_UP
 from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.sensitivity import SAMPLES, STEPS
 from calib.trajectories import Conditioning
-from calib.weight_grid import CANDIDATES
+from calib.weight_grid import CANDIDATES, NEAR
+from calib.weight_grid import LOOKED_AT as GRID
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 
@@ -148,7 +149,7 @@ def _rest_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
     twice = groups + min(groups, GAIN_GROUPS)
     return (
         (10 + 55 * clip) * min(LOOKED_AT, rows * columns * groups)
-        + 4.3 * CANDIDATES * spec.out_channels * columns
+        + 5 * spec.out_channels * (CANDIDATES * min(columns, GRID) + (2 * NEAR + 1) * max(columns - GRID, 0))
         + 28e3 * (1 + SWEEPS) * twice * columns
         + 0.025 * groups * rows * columns * chunk / 2
         + 0.019 * twice * columns * chunk**2 / 3

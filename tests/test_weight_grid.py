@@ -9,7 +9,7 @@ from layers import SPECS, linear, specs
 
 from calib.fake_quant import QParams, fake_quantize
 from calib.layer_op import weight_columns, weight_matrix
-from calib.weight_grid import grid_qparams, minmax_qparams, weight_range
+from calib.weight_grid import LOOKED_AT, grid_qparams, minmax_qparams, weight_range
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
 
@@ -121,3 +121,15 @@ def test_the_narrowest_range_tried_is_a_fifth_of_the_weights() -> None:
     weight[0, :2] = -1, 1  # hardly matter beside so many small weights
     whole, best = minmax_qparams(spec, torch.from_numpy(weight)), grid_qparams(spec, torch.from_numpy(weight))
     assert (best.scale / whole.scale).item() == pytest.approx(0.21)
+
+
+@pytest.mark.parametrize("columns", [LOOKED_AT + LOOKED_AT // 2 + 1, 5 * LOOKED_AT])
+def test_long_rows_are_searched_nearly_as_well_as_by_brute_force(columns: int) -> None:
+    spec = linear(parts=(columns,), out_channels=12)
+    weight = random_weight(spec)
+    expected = np.array([numpy_search(row, spec.bits.weight) for row in part_rows(spec, weight)[0]])
+    least = row_errors(spec, weight, QParams(*(torch.from_numpy(values)[None] for values in expected.T)))
+    found = row_errors(spec, weight, grid_qparams(spec, torch.from_numpy(weight)))
+    assert (found >= least * (1 - 1e-12)).all()
+    assert found.sum() < 1.005 * least.sum()
+    assert (found == least).mean() >= 0.5
