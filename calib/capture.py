@@ -151,7 +151,8 @@ class Captures:
     def has(self, rows: range) -> bool:
         """Whether a batch is captured."""
         key = self._key(rows)
-        return key in self._work and self._work.load(key).facts["layers"] == [spec.name for spec in self._specs]
+        layers = [spec.name for spec in self._specs]
+        return key in self._work and self._work.load(key, only=()).facts["layers"] == layers
 
     @contextmanager
     def recording(self, rows: range) -> Iterator[Mapping[str, Visit]]:
@@ -185,11 +186,16 @@ class Captures:
         steps = torch.arange(self.extent.steps)
         groups = groups_of(range(self.extent.rows))
         step = torch.cat([steps.repeat_interleave(len(group) * per_sample) for group in groups])
-        parts = [self._work.load(self._key(rows)).tensors for rows in self.batches]
-        low, high = (torch.cat([part[f"{spec.name}/{end}"] for part in parts]) for end in ("low", "high"))
+        return LayerInputs(patches, step, self._extrema(spec, len(groups)))
+
+    def _extrema(self, spec: LayerSpec, groups: int) -> Extrema:
+        """Of whole groups, from those of the batches' parts of them."""
+        names = [f"{spec.name}/{end}" for end in ("low", "high")]
+        parts = [self._work.load(self._key(rows), only=names).tensors for rows in self.batches]
+        low, high = (torch.cat([part[name] for part in parts]) for name in names)
         group = torch.tensor([part.start // GROUP for rows in self.batches for part in groups_of(rows)])
-        joined = [(low[group == number].amin(0), high[group == number].amax(0)) for number in range(len(groups))]
-        return LayerInputs(patches, step, Extrema(*(torch.stack(ends) for ends in zip(*joined, strict=True))))
+        lows, highs = zip(*((low[group == n].amin(0), high[group == n].amax(0)) for n in range(groups)), strict=True)
+        return Extrema(torch.stack(lows), torch.stack(highs))
 
     def forget(self) -> None:
         """Delete the patches, which nobody needs once the layers are fitted."""

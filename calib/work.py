@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,11 @@ class WorkFolder:
         save_file(contiguous, scratch, metadata={"facts": json.dumps(dict(facts or {}))})
         scratch.replace(path)
 
-    def load(self, key: str) -> Entry:
+    def load(self, key: str, only: Collection[str] | None = None) -> Entry:
         """An item that is there.
+
+        Args:
+            only: the names of the tensors to read; None for all.
 
         Raises:
             DmqError: the file is damaged.
@@ -60,7 +63,7 @@ class WorkFolder:
         path = self._file(key)
         try:
             with safe_open(path, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+                tensors = {name: stored.get_tensor(name) for name in (stored.keys() if only is None else only)}
                 return Entry(tensors, json.loads(stored.metadata()["facts"]))
         except (OSError, SafetensorError, ValueError) as error:
             raise DmqError(f"{path} is damaged ({error}): delete it, or pass --fresh to start over") from error

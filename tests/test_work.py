@@ -35,6 +35,18 @@ def test_an_item_comes_back_as_it_was(tmp_path: Path) -> None:
     assert entry.facts == facts
 
 
+def test_some_tensors_of_an_item_are_read_without_the_others(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path)
+    work.save("captures/0", {"a": torch.ones(2), "b": torch.zeros(3)}, {"layers": ["a"]})
+    assert {name: value.tolist() for name, value in work.load("captures/0", only=["b"]).tensors.items()} == {
+        "b": [0] * 3
+    }
+    assert work.load("captures/0", only=()).tensors == {}
+    assert work.load("captures/0", only=()).facts == {"layers": ["a"]}
+    with pytest.raises(DmqError, match=r"captures/0.safetensors is damaged"):
+        work.load("captures/0", only=["c"])
+
+
 def test_an_item_may_have_no_tensors(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path)
     work.save("check/both", {}, {"sqnr_db": [1.0]})
