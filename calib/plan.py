@@ -12,7 +12,7 @@ import torch
 
 from calib.capture import capture_bytes
 from calib.conditioning import conditioning_for
-from calib.device import memory_for_us, most_memory_held, processes_here
+from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
 from calib.duration import evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
 from calib.model import SourceModel
@@ -134,7 +134,8 @@ def make_plan(
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
     memory = max(bytes_held.peak(batch, workers), most_memory_held(limits.device))
     captured = sum(capture_bytes(spec, evaluations) for spec in specs)
-    evaluation = evaluation_seconds(source, told, batch)
+    with evaluating(limits.device):
+        evaluation = evaluation_seconds(source, told, batch)
     seconds = stage_seconds(evaluation, rows, recipe, len(passes), len(specs), captured, sum(fits) / workers)
     return Plan(passes, batch, workers, memory, disk, seconds)
 
