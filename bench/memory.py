@@ -1,6 +1,6 @@
 """Peak memory of calibrating a large model on the CPU, against its weights and against the plan.
 
-    python bench/memory.py              # a UNet of LDM-4's shape, 274 M parameters: an hour on two busy cores
+    python bench/memory.py              # a UNet of LDM-4's shape, 274 M parameters: 20 minutes on two busy cores
     python bench/memory.py --small      # 17 M parameters: two minutes
     python bench/memory.py --adaround   # AdaRound after it
 

@@ -5,7 +5,6 @@ memory this takes does not grow with the number of layers, and processes that sh
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from calib.hooks import hooked
 from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
 from calib.moments import Moments
+from calib.row_writer import RowWriter
 from calib.trajectories import Extent, Trajectories
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
@@ -27,7 +27,6 @@ from dmq_export.seeds import stream_seed
 GROUP = 16  # rows that share one extremum; ranges average over groups
 FEWEST_ROWS, MOST_ROWS = 4096, 8192
 MOST_NUMBERS = 2**26  # of one layer's patches: 256 MiB
-MOST_WAITING = 2**28  # bytes of patches on a GPU that are not yet written
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Captures:
     @contextmanager
     def recording(self, rows: range) -> Iterator[Mapping[str, Visit]]:
         """What the block is to show each layer's input of a batch, step by step; kept if it ends well."""
-        writer = _Writer()
+        writer = RowWriter()
         recorders = {spec.name: _Recorder(spec, self, rows, writer) for spec in self._specs}
         yield recorders
         writer.flush()
@@ -214,7 +213,7 @@ class Captures:
 class _Recorder:
     """Writes one layer's patches of a batch, step by step, and keeps its extrema."""
 
-    def __init__(self, spec: LayerSpec, captures: Captures, batch: range, writer: "_Writer") -> None:
+    def __init__(self, spec: LayerSpec, captures: Captures, batch: range, writer: RowWriter) -> None:
         self._spec = spec
         self._seed = captures.seed
         self._extent = captures.extent
@@ -257,35 +256,3 @@ def groups_of(rows: range) -> list[range]:
     """Consecutive rows, parted where groups of :data:`GROUP` end."""
     ends = range((rows.start // GROUP + 1) * GROUP, rows.stop + GROUP, GROUP)
     return [range(max(rows.start, end - GROUP), min(rows.stop, end)) for end in ends]
-
-
-class _Writer:
-    """Writes rows into files; those that lie on a GPU together, since fetching each would stop it each time."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Path, int, Tensor]] = []
-        self._bytes = 0
-
-    def write(self, file: Path, first: int, rows: Tensor) -> None:
-        """Put ``rows`` where row number ``first`` of the file is, now or later."""
-        self._waiting.append((file, first, rows))
-        self._bytes += rows.nbytes
-        if self._bytes > MOST_WAITING or not rows.is_cuda:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what waits."""
-        for file, first, rows in self._waiting:
-            content = memoryview(rows.cpu().contiguous().numpy().tobytes())
-            _write_at(file, first * rows[0].nbytes, content)
-        self._waiting, self._bytes = [], 0
-
-
-def _write_at(file: Path, offset: int, content: memoryview) -> None:
-    descriptor = os.open(file, os.O_WRONLY)
-    try:
-        while content:
-            written = os.pwrite(descriptor, content, offset)
-            content, offset = content[written:], offset + written
-    finally:
-        os.close(descriptor)
