@@ -62,7 +62,7 @@ def dmq_export(*arguments: str) -> dict[str, Any]:
 def calibrated(arguments: list[str], output: Path) -> dict[str, Any]:
     """The result of calibrating, with the seconds that all of it took."""
     start = time.perf_counter()
-    result = dmq_export(*arguments, f"-o={output}", "--fresh")
+    result = dmq_export(*arguments, f"--output={output}", "--fresh")
     return result | {"took": time.perf_counter() - start}
 
 
@@ -82,7 +82,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     arguments = ["calibrate", str(model), f"--preset={options.preset}", f"--device={options.device}"]
     arguments += [*MODELS[name](model), f"--bits={options.bits}"]
     arguments += [f"--samples={options.samples}"] if options.samples else []
-    plan = dmq_export(*arguments, f"-o={output}", "--dry-run")
+    plan = dmq_export(*arguments, f"--output={output}", "--dry-run")
     short = [[f"--les-iters={few}", f"--round-iters={few}"] for few in FEW] if options.extrapolate else [[]]
     runs = [calibrated([*arguments, *iterations], output) for iterations in short]
     result = runs[-1]
@@ -91,9 +91,9 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     rows.append(("total", f"{sum(plan['seconds'].values()):.1f}", f"{sum(taken.values()):.1f}"))
     how = "extrapolated s" if options.extrapolate else "taken s"
     print(table((f"{name}, {options.preset}, {options.bits}", "planned s", how), rows, right=(1, 2)))
-    peak = result.get("peak_gpu_memory_bytes", result["peak_memory_bytes"])
-    error = plan["memory_bytes"] / peak - 1
-    print(f"peak memory {peak / GIB:.1f} GiB of the GPU, the plan was {100 * error:+.0f} % off")
+    if peak := result.get("peak_gpu_memory_bytes"):
+        error = plan["memory_bytes"] / peak - 1
+        print(f"peak memory {peak / GIB:.1f} GiB of the GPU, the plan was {100 * error:+.0f} % off")
     print(f"{result['peak_memory_bytes'] / GIB:.1f} GiB of the main memory")
     print(f"{result['took']:.0f} s in all, with loading and writing\n", flush=True)
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--samples", type=int, help="instead of the preset's")
     parser.add_argument("--extrapolate", action="store_true", help=f"from {FEW[0]} and {FEW[1]} iterations")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cpu shows that the script runs")
     options = parser.parse_args()
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
