@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY_RECIPE, save_small_model
+from models import TINY_RECIPE, save_small_model, save_tiny_model
 
 import calib.plan
 import calib.stages
@@ -141,6 +141,17 @@ def test_the_number_of_workers_changes_nothing(
 ) -> None:
     run(small_model, tmp_path / "out", Limits(torch.device("cpu"), workers=2))
     assert contents(tmp_path / "out") == undisturbed
+
+
+def test_the_number_of_passes_changes_nothing(tmp_path: Path) -> None:
+    """What the first pass captures while trajectories are recorded, the others capture from these; with guidance."""
+    model, recipe = save_tiny_model(tmp_path / "model"), replace(RECIPE, guidance_scale=2.0, null_label=0, samples=18)
+    recipe = replace(recipe, rounding="gptq", sensitive_share=0.0)
+    run(model, tmp_path / "one", recipe=recipe)
+    run(model, tmp_path / "many", Limits(torch.device("cpu"), disk=1), recipe)
+    plans = [json.loads((tmp_path / name / "run.json").read_text())["plan"]["passes"] for name in ("one", "many")]
+    assert plans[0] == 1 < plans[1]
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
 def command(model: Path, output: Path, *arguments: str) -> list[str]:

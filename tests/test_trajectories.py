@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 from calib.model import SourceModel, load_model, predict
-from calib.trajectories import Conditioning, SamplerSettings, Trajectories, record_trajectories
+from calib.trajectories import Conditioning, SamplerSettings, Trajectories, _last_visits, record_trajectories
 from dmq_export.errors import DmqError
 
 STEPS = 4
@@ -155,6 +155,10 @@ def test_a_timestep_that_pndm_visits_twice_has_one_row_of_its_last_visit() -> No
     last_visit = {t: x for t, x in zip(visited, inputs, strict=True)}
     assert torch.equal(recorded.inputs, torch.stack([last_visit[t] for t in recorded.timesteps.tolist()]))
     assert torch.equal(recorded.samples, samples)
+
+
+def test_rows_are_in_the_order_of_last_visits() -> None:
+    assert list(_last_visits([9, 5, 9, 1, 1]).items()) == [(5, 1), (9, 2), (1, 4)]
 
 
 def test_inputs_are_recorded_as_scaled_by_the_scheduler() -> None:
