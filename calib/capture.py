@@ -26,7 +26,7 @@ from dmq_export.seeds import stream_seed
 
 GROUP = 16  # rows that share one extremum; ranges average over groups
 FEWEST_ROWS, MOST_ROWS = 4096, 8192
-MOST_NUMBERS = 2**26  # of one layer's patches: 256 MiB
+MOST_NUMBERS = 2**26  # of one layer's patches, 256 MiB; more only where every evaluation gives just one
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ class Captures:
         self._specs = specs
 
     def has(self, rows: range) -> bool:
-        """Whether a batch is captured."""
+        """Whether a batch is captured, perhaps beside other layers: when there was more room for them."""
         key = self._key(rows)
-        layers = [spec.name for spec in self._specs]
-        return key in self._work and self._work.load(key, only=()).facts["layers"] == layers
+        layers = {spec.name for spec in self._specs}
+        return key in self._work and layers <= set(self._work.load(key, only=()).facts["layers"])
 
     @contextmanager
     def recording(self, rows: range) -> Iterator[Mapping[str, Visit]]:

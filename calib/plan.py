@@ -18,6 +18,7 @@ from calib.footprint import WORKER_BYTES, footprint
 from calib.model import SourceModel
 from calib.recipe import Recipe
 from calib.survey import Survey
+from calib.work import WorkFolder
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import in_words
@@ -36,7 +37,7 @@ class Limits:
         device: that the network runs on and layers are fitted on.
         memory: bytes, of the GPU on CUDA and of the main memory otherwise; None for what is free.
         disk: bytes for captured layer inputs; more layers than fit are captured in several passes; None for half
-            of what is free.
+            of what is free, or was before they were captured.
         workers: processes that fit layers on the CPU; None for as many as there are cores and memory, where it pays.
     """
 
@@ -169,7 +170,7 @@ def _captured(family: Family, evaluations: int) -> int:
 
 def _disk_limit(limits: Limits, work: Path) -> int:
     existing = next(folder for folder in (work, *work.resolve().parents) if folder.is_dir())
-    return limits.disk or shutil.disk_usage(existing).free // 2
+    return limits.disk or (shutil.disk_usage(existing).free + WorkFolder(work).raw_bytes()) // 2
 
 
 def _workers(limits: Limits, room: float, fit: int, seconds: float) -> int:

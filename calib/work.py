@@ -22,7 +22,7 @@ from torch import Tensor
 from dmq_export.errors import DmqError
 from dmq_export.files import make_folder, read_json
 
-FINGERPRINT, LOCK = "fingerprint.json", "lock"
+FINGERPRINT, LOCK, RAW = "fingerprint.json", "lock", "raw"
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,21 @@ class WorkFolder:
         return self._file(key).is_file()
 
     def save(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-        """Keep an item, whole or not at all."""
+        """Keep an item, whole or not at all.
+
+        Raises:
+            DmqError: the disk takes no more.
+        """
         path = self._file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, scratch, metadata={"facts": json.dumps(dict(facts or {}))})
-        scratch.replace(path)
+        try:
+            save_file(contiguous, scratch, metadata={"facts": json.dumps(dict(facts or {}))})
+            scratch.replace(path)
+        except (OSError, SafetensorError) as error:
+            scratch.unlink(missing_ok=True)
+            raise DmqError(f"{path} cannot be written ({error}): make room, and repeat the command") from error
 
     def load(self, key: str, only: Collection[str] | None = None) -> Entry:
         """An item that is there.
@@ -75,9 +83,13 @@ class WorkFolder:
 
     def raw(self, name: str) -> Path:
         """A place for a file that its users fill bit by bit; only entries say what in it is valid."""
-        path = self.folder / "raw" / name
+        path = self.folder / RAW / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def raw_bytes(self) -> int:
+        """What those files take of the disk."""
+        return sum(512 * path.stat().st_blocks for path in (self.folder / RAW).glob("*"))
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

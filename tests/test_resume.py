@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models import TINY_RECIPE, save_small_model, save_tiny_model
 import calib.plan
 import calib.stages
 from calib.calibrate import calibrate, planned, work_folder
+from calib.capture import Captures
 from calib.plan import Limits
 from calib.work import WorkFolder
 from dmq_export.checkpoint import FACTS, TENSORS
@@ -152,6 +154,28 @@ def test_the_number_of_passes_changes_nothing(tmp_path: Path) -> None:
     plans = [json.loads((tmp_path / name / "run.json").read_text())["plan"]["passes"] for name in ("one", "many")]
     assert plans[0] == 1 < plans[1]
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_what_is_captured_is_not_captured_again_where_there_is_less_room_now(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, rounding="gptq", sensitive_share=0.0)
+    run(small_model, tmp_path / "alone", recipe=recipe)
+    with monkeypatch.context() as now:
+        now.setattr(calib.stages, "run_tasks", stop)
+        with pytest.raises(Stopped):
+            run(small_model, tmp_path / "out", recipe=recipe)
+    taken, take = [], Captures.take
+
+    def noted(self: Captures, *arguments: Any, **options: Any) -> None:
+        taken.append(self)
+        take(self, *arguments, **options)
+
+    monkeypatch.setattr(Captures, "take", noted)
+    less = planned(small_model, tmp_path / "out", recipe, CPU)[1].disk - 1
+    run(small_model, tmp_path / "out", Limits(torch.device("cpu"), disk=less), recipe)
+    assert len(taken) == len(taken[0].batches) == 2  # of the second pass; the first held that and more
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 def command(model: Path, output: Path, *arguments: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows find their places in a file, whenever they are written."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -10,14 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calib.row_writer
 from calib.row_writer import RowWriter
+from dmq_export.errors import DmqError
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.permutations(range(7)), st.integers(1, 3))
-def test_rows_written_in_any_order_are_where_they_belong(order: list[int], width: int) -> None:
+@given(st.permutations(range(7)), st.integers(1, 3), st.integers(0, 60))
+def test_rows_written_in_any_order_are_where_they_belong(order: list[int], width: int, waiting: int) -> None:
+    """As on a GPU, where some bytes wait."""
     content = torch.arange(14.0 * width).view(14, width)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as now:
+        now.setattr(calib.row_writer, "on_gpu", lambda _: True)
+        now.setattr(calib.row_writer, "MOST_WAITING", waiting)
         file = Path(folder) / "rows"
         file.touch()
         writer = RowWriter()
@@ -25,6 +31,27 @@ def test_rows_written_in_any_order_are_where_they_belong(order: list[int], width
             writer.write(file, 2 * pair, content[2 * pair : 2 * pair + 2])
         writer.flush()
         assert np.array_equal(np.fromfile(file, np.float32).reshape(14, width), content.numpy())
+
+
+def test_rows_on_a_gpu_wait_until_they_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calib.row_writer, "on_gpu", lambda _: True)
+    monkeypatch.setattr(calib.row_writer, "MOST_WAITING", 8)
+    file, writer, sizes = tmp_path / "rows", RowWriter(), []
+    file.touch()
+    for row in range(6):
+        writer.write(file, row, torch.ones(1, 1))
+        sizes.append(file.stat().st_size)
+    assert sizes == [0, 0, 12, 12, 12, 24]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    (tmp_path / "rows").touch()
+    with pytest.raises(DmqError, match=r"rows cannot be written \(No space left on device\): make room, and repeat"):
+        RowWriter().write(tmp_path / "rows", 0, torch.ones(1, 1))
 
 
 def test_what_the_system_writes_in_pieces_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import calib.work
 from calib.work import FINGERPRINT, WorkFolder, open_work
 from dmq_export.errors import DmqError
 
@@ -61,6 +63,17 @@ def test_keys_name_all_items_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "fits" / ".a.c.safetensors.123").write_bytes(b"half")
     assert sorted(work.keys()) == ["captures/a.b/0", "fits/a.b"]
     assert [path.name for path in (tmp_path / "fits").glob("a*")] == ["a.b.safetensors"]
+
+
+def test_an_item_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(calib.work, "save_file", half)
+    with pytest.raises(DmqError, match=r"fits/a.safetensors cannot be written \(No space left .*repeat the command"):
+        WorkFolder(tmp_path).save("fits/a", {"a": torch.zeros(4)})
+    assert list((tmp_path / "fits").iterdir()) == []
 
 
 def test_a_damaged_item_is_refused(tmp_path: Path) -> None:
