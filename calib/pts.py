@@ -7,6 +7,7 @@ depend on the step and can live in the weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ class Vote:
 
     shift: Tensor
     share: Tensor
+
+    def report(self) -> dict[str, Any]:
+        """The vote as JSON values."""
+        shares = [round(float(share), 3) for share in self.share]
+        return {"pts_channels": int((self.shift > 0).sum()), "pts_share": shares}
 
 
 def exponents(weight_bits: int) -> int:

@@ -42,7 +42,7 @@ class Recipe:
         clip: search the activation ranges by squared output error instead of min-max.
         pts_layers: which layers vote on power-of-two scaling.
         pts_kappa: share of the votes that an exponent must exceed.
-        pts_samples: trajectories that vote, or all there are.
+        pts_samples: trajectories that vote, and as many more as make their batch whole, or all there are.
         rounding: of the weights.
         round_iterations: of AdaRound per block.
         round_samples: evaluations AdaRound fits a block on.

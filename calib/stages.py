@@ -66,18 +66,16 @@ class Stages:
         batches = {f"{name}/{batch.start}": batch for batch in _parted(count, self.plan.batch)}
 
         def compute(key: str, advance: Advance) -> None:
-            batch = batches[key]
+            batch, seed = batches[key], stream_seed(recipe.seed, name)
             rows = range(batch.start * branches, batch.stop * branches)
             recording: Recording = captures.recording(rows) if captures else nullcontext({})
             with recording as visits:
+
+                def watch(step: int) -> AbstractContextManager[None]:
+                    return inputs_seen(self.source.network, visits, Place(rows.start, step))
+
                 made = record_trajectories(
-                    self.source,
-                    settings,
-                    conditioning,
-                    batch,
-                    seed=stream_seed(recipe.seed, name),
-                    advance=advance,
-                    watch=lambda step: inputs_seen(self.source.network, visits, Place(rows.start, step)),
+                    self.source, settings, conditioning, batch, seed=seed, advance=advance, watch=watch
                 )
                 self.work.save(key, made.tensors())
 
@@ -165,8 +163,7 @@ class Stages:
         voters = [layer for layer in layers if self._votes(layer.spec)]
         if not voters:
             return list(layers), {}
-        voting = min(self.recipe.pts_samples * calibration.branches, calibration.extent.rows)
-        batches = {f"votes/{rows.start}": rows for rows in _parted(voting, self.plan.batch * calibration.branches)}
+        batches = {f"votes/{rows.start}": rows for rows in self._voting(calibration)}
 
         def compute(key: str, advance: Advance) -> None:
             counts = count_votes(self.source.network, calibration, batches[key], voters, advance=advance)
@@ -179,15 +176,9 @@ class Stages:
             name: decide(torch.stack([of_group[name] for of_group in counts]).sum(0), self.recipe.pts_kappa)
             for name in counts[0]
         }
-        report = {
-            name: {
-                "pts_channels": int((vote.shift > 0).sum()),
-                "pts_share": [round(float(share), 3) for share in vote.share],
-            }
-            for name, vote in votes.items()
-        }
         shifts = {name: vote.shift.numpy().astype(np.uint8) for name, vote in votes.items()}
-        return [replace(layer, shift=shifts.get(layer.spec.name, layer.shift)) for layer in layers], report
+        shifted = [replace(layer, shift=shifts.get(layer.spec.name, layer.shift)) for layer in layers]
+        return shifted, {name: vote.report() for name, vote in votes.items()}
 
     def check(self, layers: Sequence[QuantizedLayer], held_out: Trajectories) -> dict[str, Any]:
         """SQNR of the noise prediction per step, with the weights, the activations, and both quantized."""
@@ -250,6 +241,11 @@ class Stages:
         module = self.source.network.get_submodule(spec.name)
         bias = module.bias
         return FloatLayer(spec, weight_of(module), bias.detach() if isinstance(bias, torch.Tensor) else None)
+
+    def _voting(self, calibration: Trajectories) -> list[range]:
+        """Whole batches, since a batch's rows are those of one branch of guidance, then those of the other."""
+        batches = _parted(calibration.extent.rows, self.plan.batch * calibration.branches)
+        return batches[: -(-self.recipe.pts_samples // self.plan.batch)]
 
     def _votes(self, spec: LayerSpec) -> bool:
         return self.recipe.pts_layers == "all" or (self.recipe.pts_layers == "skip" and len(spec.parts) > 1)

@@ -103,9 +103,10 @@ class Trajectories:
         return self.inputs.shape[1] // len(self.samples)
 
     def first(self, rows: int) -> "Trajectories":
-        """The first ``rows`` of the ``N`` axis, at all steps; the final samples of all."""
+        """The first ``rows`` of the ``N`` axis, at all steps, without final samples: they may be parts of some."""
         return replace(
             self,
+            samples=self.samples[:0],
             inputs=self.inputs[:, :rows],
             predictions=self.predictions[:, :rows],
             conditioning={name: value[:rows] for name, value in self.conditioning.items()},
@@ -166,26 +167,30 @@ def record_trajectories(
     )
     generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
     scale = settings.guidance_scale
-    guidance = None if scale is None or not conditioning.unconditional else Guidance(scale, without, torch.cat)
     recorder = _Recorder(_last_visits(scheduler.timesteps), advance)
-    visits = itertools.count()
-
-    def denoise(x: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
-        row = recorder.row(next(visits))
-        with nullcontext() if row is None else watch(row):
-            return predict(source.network, x, timestep.to(device), inputs)
-
     with torch.no_grad():
         samples = sample(
-            denoise,
+            _watched(source, recorder, watch),
             torch.from_numpy(initial_noise(source.sample_shape, indices, seed)).to(device),
             scheduler,
             given,
-            guidance=guidance,
+            guidance=Guidance(scale, without, torch.cat) if without and scale is not None else None,
             step_options=step_options(scheduler, eta=settings.eta, generators=generators),
             callback=recorder.note,
         )
     return recorder.trajectories(samples)
+
+
+def _watched(source: SourceModel, recorder: "_Recorder", watch: Watch) -> Callable[..., Tensor]:
+    """The network, watched in the visits that are recorded."""
+    visits = itertools.count()
+
+    def denoise(x: Tensor, timestep: Tensor, **told: Tensor) -> Tensor:
+        row = recorder.row(next(visits))
+        with nullcontext() if row is None else watch(row):
+            return predict(source.network, x, timestep.to(x.device), told)
+
+    return denoise
 
 
 def joined(batches: Sequence[Trajectories]) -> Trajectories:
@@ -207,12 +212,14 @@ def _last_visits(timesteps: Iterable[Any]) -> dict[float, int]:
 
 
 class _Recorder:
-    """Keeps the last visit to each timestep."""
+    """Keeps the last visit to each timestep, on the CPU."""
 
     def __init__(self, last_visits: Mapping[float, int], advance: Callable[[int], None]) -> None:
         self._timesteps = list(last_visits)
         self._rows = {visit: row for row, visit in enumerate(last_visits.values())}
-        self._kept: list[Evaluation] = []
+        self._inputs: list[Tensor] = []
+        self._predictions: list[Tensor] = []
+        self._conditioning: dict[str, Tensor] = {}
         self._advance = advance
 
     def row(self, visit: int) -> int | None:
@@ -221,14 +228,16 @@ class _Recorder:
 
     def note(self, evaluation: Evaluation) -> None:
         if self.row(evaluation.step) is not None:
-            self._kept.append(evaluation)
+            self._inputs.append(evaluation.sample.cpu())
+            self._predictions.append(evaluation.prediction.cpu())
+        self._conditioning = self._conditioning or {key: value.cpu() for key, value in evaluation.conditioning.items()}
         self._advance(len(evaluation.sample))
 
     def trajectories(self, samples: Tensor) -> Trajectories:
         return Trajectories(
             timesteps=torch.tensor(self._timesteps, dtype=torch.float32),
-            inputs=torch.stack([evaluation.sample.cpu() for evaluation in self._kept]),
-            predictions=torch.stack([evaluation.prediction.cpu() for evaluation in self._kept]),
-            conditioning={key: value.cpu() for key, value in self._kept[0].conditioning.items()},
+            inputs=torch.stack(self._inputs),
+            predictions=torch.stack(self._predictions),
+            conditioning=self._conditioning,
             samples=samples.cpu(),
         )

@@ -15,12 +15,15 @@ from diffusers import DDIMScheduler, UNet2DModel
 from models import TINY_RECIPE, save_small_model
 from torch import nn
 
+import calib.plan
+import calib.stages
 from calib.calibrate import calibrate
 from calib.conditioning import conditioning_for
 from calib.model import load_model
 from calib.plan import Limits
 from calib.recipe import Recipe
 from calib.reference import quantized
+from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.errors import DmqError, ModelError
@@ -224,6 +227,21 @@ def test_guidance_calibrates_both_branches(labelled_model: Path, tmp_path: Path)
     # two held-out samples with the label, then the same two without
     assert checkpoint.probe.sample.shape[1] == 2
     assert np.isfinite(checkpoint.metrics["prediction_sqnr_db"]["both"]).all()
+
+
+def test_both_branches_of_guidance_vote(labelled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples are asked for; with two at a time, that takes the rows of four, each with both its branches."""
+    voting, count = [], calib.stages.count_votes
+
+    def noted(network: nn.Module, trajectories: Trajectories, rows: range, *rest: Any, **options: Any) -> Any:
+        voting.extend(trajectories.conditioning["class_labels"][rows.start : rows.stop].tolist())
+        return count(network, trajectories, rows, *rest, **options)
+
+    monkeypatch.setattr(calib.plan, "BATCHES", (2,))
+    monkeypatch.setattr(calib.stages, "count_votes", noted)
+    recipe = replace(RECIPE, guidance_scale=2.0, null_label=2, labels=(0, 1), samples=6, pts_samples=3)
+    run(labelled_model, tmp_path / "out", recipe)
+    assert voting == [0, 1, 2, 2] * 2
 
 
 def test_labels_cycle_and_the_null_label_stands_in_the_other_branch(labelled_model: Path) -> None:
