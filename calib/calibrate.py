@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 
 from calib.check import probe_of
-from calib.device import device_name, own_device, reproducible
+from calib.device import device_name, reproducible
 from calib.model import SourceModel, load_model
 from calib.plan import Limits, Plan, make_plan
 from calib.ranks import Ranks, torchrun_ranks
 from calib.recipe import Recipe
 from calib.stages import Stages
+from calib.successive import why_no_kernel
 from calib.survey import Survey, survey
 from calib.work import WorkFolder, open_work, started_with
 from dmq_export import __version__
@@ -57,10 +57,10 @@ def calibrate(
         DmqError: bad input; nothing is written then.
     """
     require_place(output, replace_existing=fresh)
-    limits = replace(limits, device=own_device(limits.device))
     with torchrun_ranks() as ranks, reproducible(limits.device, limits.memory):
         source = load_model(model, limits.device, sample_size=recipe.sample_size)
         surveyed = _survey(source, recipe, strict=strict)
+        _tell_of_kernel(limits.device, progress)
         folder = work_folder(output)
         plan = ranks.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
         with _shared_work(folder, _fingerprint(source, recipe, plan, limits), ranks, fresh=fresh) as work:
@@ -144,8 +144,18 @@ def _fingerprint(source: SourceModel, recipe: Recipe, plan: Plan, limits: Limits
         BATCH: plan.batch,
         "threads": torch.get_num_threads(),
         "device": device_name(limits.device),
+        "rounding kernel": _has_kernel(limits.device),
         **_versions(),
     }
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and why_no_kernel() is None
+
+
+def _tell_of_kernel(device: torch.device, progress: Progress) -> None:
+    if device.type == "cuda" and not _has_kernel(device):
+        progress.tell(f"rounding goes without its kernel, which takes minutes more: {why_no_kernel()}")
 
 
 def _checkpoint(stages: Stages) -> Checkpoint:

@@ -18,10 +18,8 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def own_device(device: torch.device) -> torch.device:
-    """On CUDA, the GPU of this process among those of its machine; processes beyond their number share them."""
-    if device.type != "cuda":
-        return device
+def own_gpu() -> torch.device:
+    """The GPU of this process among those of its machine; processes beyond their number share them."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
@@ -34,6 +32,8 @@ def device_name(device: torch.device) -> str:
 def reproducible(device: torch.device, memory: int | None = None) -> Iterator[None]:
     """While the block runs, CUDA gives the same bytes every time, within ``memory`` bytes if there is such a limit.
 
+    There, ``cuda`` without a number is this process's own GPU.
+
     Raises:
         DmqError: the GPU's memory runs out.
     """
@@ -41,23 +41,25 @@ def reproducible(device: torch.device, memory: int | None = None) -> Iterator[No
         yield
         return
     os.environ.setdefault(*CUBLAS_CONFIG)
+    gpu = own_gpu()
     filling: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     filling.fill_uninitialized_memory = False  # nothing here reads such memory, and filling it takes time
     if memory is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / _total(device)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / _total(gpu)), gpu)
     try:
-        yield
+        with torch.cuda.device(gpu):
+            yield
     except torch.OutOfMemoryError as error:
         raise DmqError(
-            f"the memory of {device} ran out, {in_words(memory_held(device))} of it held here: free some, or pass "
+            f"the memory of {gpu} ran out, {in_words(memory_held(gpu))} of it held here: free some, or pass "
             "--fresh and less --max-memory, which makes smaller steps"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         filling.fill_uninitialized_memory = before[1]
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
 
 
 def _total(device: torch.device) -> int:
@@ -67,18 +69,20 @@ def _total(device: torch.device) -> int:
 
 @contextmanager
 def evaluating(device: torch.device) -> Iterator[None]:
-    """While the block runs, products on CUDA take TF32, as convolutions do anyway.
+    """While the block runs the network or blocks of it, products on CUDA take TF32, as convolutions do anyway.
 
     Its error is some thousandth: far below that of any quantizer, and the float model that a calibration is compared
-    with makes it too. Layers are fitted in full precision.
+    with makes it too. Layers that are fitted on their own take full precision.
     """
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if device.type != "cuda":
+        yield
+        return
+    products: Any = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 def memory_held(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
 from calib.recipe import Recipe
 from calib.rounding import CHUNK
+from calib.row_writer import MOST_WAITING
 from calib.survey import Survey
 from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
@@ -35,6 +36,7 @@ class Footprint:
     Attributes:
         fixed: held throughout: the process with the model, both sets of trajectories; on a GPU the model alone.
         check: on top of it during the check, beside the activations: all layers' codes, one layer's weights.
+        waiting: on top of it while layer inputs are captured: those that wait to be written.
         sample: activations of one sample.
         fit: of the largest layer.
         calls: recorded at once for AdaRound.
@@ -43,14 +45,15 @@ class Footprint:
 
     fixed: int
     check: int
+    waiting: int
     sample: int
     fit: int
     calls: int
     block: int
 
     def evaluating(self, batch: int) -> int:
-        """During the check or AdaRound's recording, ``batch`` samples at a time."""
-        return self.fixed + max(self.check, self.calls) + batch * self.sample
+        """During the capture, the check or AdaRound's recording, ``batch`` samples at a time."""
+        return self.fixed + max(self.waiting, self.check, self.calls) + batch * self.sample
 
     def peak(self, batch: int, workers: int) -> int:
         """At the worst moment, of all processes together."""
@@ -69,9 +72,11 @@ def footprint(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Condi
     evaluations = recipe.samples * branches * recipe.steps
     sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
     calls, block = rounding_bytes(source, surveyed, recipe, told) if recipe.rounding == "adaround" else (0, 0)
+    on_gpu = device.type == "cuda"
     return Footprint(
-        fixed=memory_held(device) + (0 if device.type == "cuda" else _trajectory_bytes(source, recipe, branches)),
+        fixed=memory_held(device) + (0 if on_gpu else _trajectory_bytes(source, recipe, branches)),
         check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
+        waiting=MOST_WAITING if on_gpu else 0,
         sample=sample,
         fit=max(fit_bytes(spec, recipe, evaluations) for spec in specs),
         calls=calls,

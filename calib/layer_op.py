@@ -59,20 +59,21 @@ def take_patches(spec: LayerSpec, x: Tensor, positions: Tensor) -> Tensor:
     Args:
         x: the layer's input, ``[N, C, ...]`` or ``[N, ..., C]``.
     """
+    positions = positions.to(x.device, non_blocking=True)  # so that a GPU need not come to rest
     samples = torch.arange(len(x), device=x.device)
     if spec.kind == "linear":
         tokens = x.reshape(len(x), -1, spec.in_channels)
-        return tokens[samples[:, None], positions[..., 0].to(x.device)].reshape(-1, spec.in_channels, 1)
+        return tokens[samples[:, None], positions[..., 0]].reshape(-1, spec.in_channels, 1)
     axes, count = len(spec.kernel), positions.shape[1]
     sides = [(p, p) for p in reversed(spec.padding)]
     padded = F.pad(x, [pad for pair in sides for pad in pair])
     index: list[Tensor | slice] = [samples.view(-1, 1, *[1] * axes), slice(None)]
     for axis in range(axes):
         start = positions[..., axis] * spec.stride[axis]
-        taps = torch.arange(spec.kernel[axis]) * spec.dilation[axis]
+        taps = torch.arange(spec.kernel[axis], device=x.device) * spec.dilation[axis]
         shape = [1] * axes
         shape[axis] = -1
-        index.append((start.view(len(x), count, *[1] * axes) + taps.view(shape)).to(x.device))
+        index.append(start.view(len(x), count, *[1] * axes) + taps.view(shape))
     patches = padded[tuple(index)]  # [N, count, *kernel, C]: the channel slice goes last
     return patches.movedim(-1, 2).reshape(len(x) * count, spec.in_channels, -1)
 

@@ -97,7 +97,7 @@ def fit_les(
     iteration = Replayed(improve, device)
     for number, (pick, outputs) in enumerate(_draws(spec, len(inputs.patches), settings, seed)):
         rate.fill_(settings.learning_rate * (1 + math.cos(math.pi * number / settings.iterations)) / 2)
-        iteration(pick.to(device), outputs.to(device))
+        iteration(pick.to(device, non_blocking=True), outputs.to(device, non_blocking=True))
     return LesResult(theta.detach().exp(), step_weights.average, step_weights.weights())
 
 

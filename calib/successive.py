@@ -4,14 +4,29 @@ A column is too little work for a GPU, which spends its time on starting operati
 (:mod:`calib.successive_kernel`), each output's by itself.
 """
 
-from importlib.util import find_spec
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from calib.fake_quant import QParams, dequantize, quantize
 
-HAS_TRITON = find_spec("triton") is not None
+
+@cache
+def why_no_kernel() -> str | None:
+    """What keeps the kernel from running on this machine's GPU; None if nothing does, or there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from calib.successive_kernel import run_kernel
+
+        one = torch.ones(1, 1, device="cuda")
+        run_kernel(one, one, one, QParams(one, one), 4)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, no C compiler for what starts its kernels, a GPU it does not know
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def round_successively(
@@ -25,7 +40,7 @@ def round_successively(
         coupling: ``[n, n]``, of which only what lies above the diagonal counts.
         qparams: ``[n, O]``.
     """
-    if wanted.is_cuda and HAS_TRITON:
+    if wanted.is_cuda and why_no_kernel() is None:
         from calib.successive_kernel import run_kernel
 
         return run_kernel(wanted, reference, coupling, qparams, bits)

@@ -110,6 +110,7 @@ def observe(source: SourceModel) -> list[Call]:
 
     Raises:
         ModelError: the model does not run on inputs of the shapes its configuration states.
+        torch.OutOfMemoryError: the GPU's memory runs out.
     """
     calls: list[Call] = []
     concats = _Concats()
@@ -135,6 +136,8 @@ def observe(source: SourceModel) -> list[Call]:
             sample = torch.zeros(2, *source.sample_shape, device=device)
             on_device = {name: value.to(device) for name, value in conditioning.items()}
             predict(source.network, sample, torch.tensor(1.0, device=device), on_device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the model raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calib.device import reproducible
 from calib.model import read_config
 from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name, reason
 from dmq_export.arguments import GUIDANCE, LABELS, arguments
@@ -50,6 +51,7 @@ def encode_prompts(
 
     Raises:
         ModelError: the folder holds no pipeline with a text encoder, or its encoder cannot be run.
+        DmqError: the GPU's memory runs out.
     """
     name = denoiser_name(folder)
     config = read_config(folder / name, sample_size)
@@ -58,19 +60,21 @@ def encode_prompts(
     if not told:
         raise ModelError(f"{class_name} is told no text: leave out the prompts")
     distilled = any(argument.name == GUIDANCE for argument in told)
-    pipeline = build_pipeline(folder, EngineDenoiser(_tell, class_name, config)).to(device)
+    pipeline = build_pipeline(folder, EngineDenoiser(_tell, class_name, config))
     pipeline.set_progress_bar_config(disable=True)
     guided = guidance_scale is not None and not distilled
     options = _options(pipeline, config, guidance_scale if distilled else GUIDED if guided else 1.0)
     given: list[Arrays] = []
     without: list[Arrays] = []
-    for start in range(0, len(prompts), BATCH):
-        batch = list(prompts[start : start + BATCH])
-        conditioning = _told(pipeline, batch, options, rows=(2 if guided else 1) * len(batch))
-        # text pipelines put the empty prompt's half first
-        given.append({name: value[-len(batch) :] for name, value in conditioning.items()})
-        without.append({name: value[: len(batch)] for name, value in conditioning.items()} if guided else {})
-        advance(len(batch))
+    with reproducible(device):  # a calibration is known by its embeddings, among others
+        pipeline.to(device)
+        for start in range(0, len(prompts), BATCH):
+            batch = list(prompts[start : start + BATCH])
+            conditioning = _told(pipeline, batch, options, rows=(2 if guided else 1) * len(batch))
+            # text pipelines put the empty prompt's half first
+            given.append({name: value[-len(batch) :] for name, value in conditioning.items()})
+            without.append({name: value[: len(batch)] for name, value in conditioning.items()} if guided else {})
+            advance(len(batch))
     return fitted(Embeddings(_joined(given), _joined(without)), told, guidance_scale)
 
 
@@ -102,6 +106,8 @@ def _told(pipeline: Any, prompts: list[str], options: Mapping[str, Any], *, rows
         pipeline(prompt=prompts, **options)
     except _Told as told:
         arrays = told.conditioning
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the pipeline, its tokenizers and its encoders raise
         raise ModelError(f"{name} cannot encode the prompts: {reason(error)}") from error
     else:

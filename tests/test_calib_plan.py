@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from calib.plan import Limits, make_plan, split_passes
 from calib.recipe import Recipe
 from calib.survey import survey
 from calib.trajectories import Conditioning
+from calib.work import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 
@@ -64,6 +67,17 @@ def test_room_for_everything_makes_one_pass_and_none_makes_as_many_as_layers(
     assert [len(layers) for layers in alone.passes] == [1] * 12
     largest = max(capture_bytes(family[0], 2 * 3) for (family,) in alone.passes)
     assert alone.disk == largest
+
+
+def test_disk_that_layer_inputs_already_take_counts_as_theirs(
+    small: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a calibration that goes on would have less room for them than when it began."""
+    needed = plan_of(small, Limits(CPU), tmp_path).disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 3 // 2))
+    assert len(plan_of(small, Limits(CPU), tmp_path).passes) > 1
+    WorkFolder(tmp_path).raw("conv.patches").write_bytes(bytes(needed // 2 + 4096))
+    assert len(plan_of(small, Limits(CPU), tmp_path).passes) == 1
 
 
 class Nest(nn.Module):
@@ -148,6 +162,8 @@ def test_adaround_needs_room_for_recorded_calls_and_gradients(small: SourceModel
     assert few.block == more.block > 12 * 4 * max(spec.weight_count for spec in surveyed.coverage.quantized)
     assert most.peak(1, 1) >= most.fixed + most.calls + most.block
     assert most.evaluating(16) == most.fixed + max(most.calls, most.check) + 16 * most.sample
+    waiting = replace(most, waiting=most.calls + most.check)  # as much as on a GPU
+    assert waiting.evaluating(16) == waiting.fixed + waiting.waiting + 16 * waiting.sample
 
 
 def test_workers_are_those_asked_for_and_as_many_as_the_memory_takes(

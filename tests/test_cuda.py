@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layers import linear
 from models import (
     NETWORKS,
     TINY_RECIPE,
@@ -20,10 +21,13 @@ from models import (
 )
 from torch import Tensor
 
+import calib.calibrate
 import calib.successive
 from calib.calibrate import calibrate, planned
+from calib.capture import Extrema, LayerInputs
 from calib.fake_quant import QParams
 from calib.gptq import gptq_codes
+from calib.les import LesSettings, fit_les
 from calib.plan import Limits
 from calib.recipe import Recipe, recipe_from
 from calib.replay import Replayed
@@ -31,6 +35,7 @@ from calib.stages import Stages
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
+from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
 
 pytestmark = [
@@ -113,8 +118,8 @@ def test_every_family_calibrates(kind: str, tmp_path: Path) -> None:
 def test_the_memory_limit_is_kept_and_the_plan_is_near(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "model", sample_size=64, block_out_channels=(128,), norm_num_groups=32)
     limits, recipe = Limits(CUDA, memory=GIB), replace(TINY_RECIPE, samples=16, steps=2)
-    torch.cuda.reset_peak_memory_stats()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     plan = planned(model, tmp_path / "out", recipe, limits)[1]
     run(model, tmp_path / "out", recipe, limits)
     assert torch.cuda.max_memory_reserved() <= GIB
@@ -144,6 +149,49 @@ def test_a_recorded_chain_does_what_its_calls_would() -> None:
     torch.testing.assert_close(weight.cpu(), alone, rtol=1e-5, atol=1e-6)
 
 
+def test_scaling_is_fitted_as_on_the_cpu() -> None:
+    """What is recorded goes on learning: some steps come up only after the recording."""
+    rng = np.random.default_rng(0)
+    spec = linear(parts=(24,), out_channels=16)
+    x = torch.from_numpy(rng.standard_normal((512, 24, 1)).astype(np.float32))
+    x[:, 3] *= 30
+    weight = torch.from_numpy(rng.standard_normal((16, 24)).astype(np.float32))
+    high = x.abs().amax((0, 2)).expand(1, 200, -1)
+    inputs = LayerInputs(x, torch.arange(512) % 200, Extrema(-high, high))
+    hyper = LesSettings(iterations=40, learning_rate=0.03, batch=64, alpha=20.0)
+    on_cpu, on_gpu = (
+        fit_les(spec, weight.to(device), inputs.to(device), hyper, static=False, rounding_gain=1.0, seed=0)
+        for device in (CPU, CUDA)
+    )
+    torch.testing.assert_close(on_gpu.tau.cpu(), on_cpu.tau, rtol=0.02, atol=0)
+    torch.testing.assert_close(on_gpu.step_loss.cpu(), on_cpu.step_loss, rtol=0.1, atol=1e-3)
+
+
+def test_without_its_kernel_rounding_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (calib.successive, calib.calibrate):
+        monkeypatch.setattr(module, "why_no_kernel", lambda: "no C compiler")
+    assert run(save_tiny_model(tmp_path / "model"), tmp_path / "out", TINY_RECIPE).layers
+    assert "Note: rounding goes without its kernel, which takes minutes more: no C compiler" in capsys.readouterr().err
+
+
+def test_a_mistake_stays_one_line(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    with pytest.raises(DmqError, match="matches no layer"):
+        planned(model, tmp_path / "out", replace(TINY_RECIPE, float_layers=("nowhere",)), Limits(CUDA))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_process_keeps_to_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    run(model, tmp_path / "first", EVERY_STAGE)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    run(model, tmp_path / "second", EVERY_STAGE)
+    if len({torch.cuda.get_device_name(number) for number in (0, 1)}) == 1:
+        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
 @pytest.mark.parametrize(("outputs", "columns"), [(448, 2016), (100, 72), (8, 130)])
 def test_the_kernel_rounds_as_pytorch_does(outputs: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for sums in another order: a code that flips changes those after it, not the error of the whole."""
@@ -159,7 +207,7 @@ def test_the_kernel_rounds_as_pytorch_does(outputs: int, columns: int, monkeypat
         return codes, float((lost @ moments.double() * lost).sum())
 
     by_kernel, error = rounded()
-    monkeypatch.setattr(calib.successive, "HAS_TRITON", False)
+    monkeypatch.setattr(calib.successive, "why_no_kernel", lambda: "on purpose")
     by_pytorch, expected = rounded()
     assert (by_kernel != by_pytorch).float().mean() < 0.3
     assert error == pytest.approx(expected, rel=0.03)

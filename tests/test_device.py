@@ -1,5 +1,8 @@
 """Which device, and how it is asked to behave; what only a GPU can show is in test_cuda.py."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from calib.device import (
     memory_for_us,
     memory_held,
     most_memory_held,
-    own_device,
+    own_gpu,
     processes_here,
     reproducible,
 )
@@ -24,8 +27,7 @@ GIB = 2**30
 def test_processes_take_the_gpus_in_turn(rank: str, gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert own_device(CUDA) == torch.device("cuda", gpu)
-    assert own_device(CPU) == CPU
+    assert own_gpu() == torch.device("cuda", gpu)
 
 
 def test_processes_that_share_a_device_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,24 +53,55 @@ def test_on_the_cpu_memory_is_the_process(monkeypatch: pytest.MonkeyPatch) -> No
     assert device_name(CPU) == "cpu"
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_settings_hold_while_the_block_runs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    fractions: list[float] = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
-    monkeypatch.setattr(calib.device, "_total", lambda device: 80 * GIB)
-    on_gpu = device.type == "cuda"
-    with reproducible(device, 20 * GIB):
-        assert torch.are_deterministic_algorithms_enabled() == on_gpu
-        with evaluating(device):
-            assert torch.get_float32_matmul_precision() == ("high" if on_gpu else "highest")
-        assert torch.get_float32_matmul_precision() == "highest"
+class Gpus:
+    """Four of them, made up; the calls that need a GPU's number insist on it, as PyTorch does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+        self.current: list[torch.device] = []
+        self.fractions: list[float] = []
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setattr(torch.cuda, "device", self.use)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set_fraction)
+        monkeypatch.setattr(calib.device, "_total", lambda device: 80 * GIB)
+        monkeypatch.setattr(calib.device, "memory_held", lambda device: 3 * GIB)
+
+    @contextmanager
+    def use(self, device: torch.device) -> Iterator[None]:
+        self.current.append(device)
+        yield
+        self.current.pop()
+
+    def set_fraction(self, fraction: float, device: torch.device) -> None:
+        if device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")
+        self.fractions.append(fraction)
+
+
+def test_settings_hold_while_the_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, products = Gpus(monkeypatch, rank=2), torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with reproducible(CUDA, 20 * GIB):
+        assert gpus.current == [torch.device("cuda", 2)]
+        assert torch.are_deterministic_algorithms_enabled()
+        with evaluating(CUDA):
+            assert products.fp32_precision == "tf32"
+        assert products.fp32_precision == before != "tf32"
     assert not torch.are_deterministic_algorithms_enabled()
-    assert fractions == ([0.25, 1.0] if on_gpu else [])
+    assert gpus.fractions == [0.25, 1.0]
+    assert gpus.current == []
+
+
+def test_on_the_cpu_no_setting_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(monkeypatch, rank=0)
+    with reproducible(CPU, 20 * GIB), evaluating(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert gpus.current == gpus.fractions == []
 
 
 def test_a_gpu_without_memory_left_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: None)
-    monkeypatch.setattr(calib.device, "memory_held", lambda device: 3 * GIB)
-    expected = r"the memory of cuda ran out, 3.0 GiB of it held here: .* less --max-memory"
+    Gpus(monkeypatch, rank=1)
+    expected = r"the memory of cuda:1 ran out, 3.0 GiB of it held here: .* less --max-memory"
     with pytest.raises(DmqError, match=expected), reproducible(CUDA):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

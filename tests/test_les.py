@@ -1,16 +1,15 @@
 """Learned equivalent scaling: what it minimizes, and where it goes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import importlib
 
 import numpy as np
 import pytest
 import torch
+from graphs import Emulated, Recording
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, linear, specs
 from reference import shift_of_columns
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import calib.les
 from calib.capture import Extrema, LayerInputs
@@ -175,60 +174,50 @@ def test_a_layer_whose_input_is_always_zero_keeps_tau_finite() -> None:
     assert fit(linear(), random_weight(linear()), inputs, iterations=5, alpha=20.0).tau.isfinite().all()
 
 
-class NothingFromTheHost(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot record: looking at a value, a size that follows from values, new constants."""
-
-    REFUSED = ("_local_scalar_dense", "lift_fresh", "nonzero", "repeat_interleave", "unique")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        assert not any(word in func.name() for word in self.REFUSED), func.name()
-        chosen = args[1] if func.name() == "aten::index.Tensor" else ()
-        assert all(index is None or index.dtype != torch.bool for index in chosen), "indexed by a mask"
-        return func(*args, **(kwargs or {}))
-
-
-class Idle:
-    """In place of Adam, which looks at its step count on the CPU; on a GPU it is told not to (``capturable``)."""
+class Capturable(torch.optim.Adam):
+    """As on a GPU, where it keeps its count of steps in a tensor."""
 
     def __init__(self, parameters: list[torch.Tensor], *, capturable: bool) -> None:
-        self.param_groups: list[dict[str, Any]] = [{}]
-
-    def zero_grad(self) -> None: ...
-
-    def step(self) -> None: ...
-
-
-class Watched:
-    """In place of ``Replayed``, which records on a GPU only."""
-
-    calls = 0
-
-    def __init__(self, function: Callable[..., None], device: torch.device) -> None:
-        self._function = function
-
-    def __call__(self, *inputs: torch.Tensor) -> None:
-        Watched.calls += 1
-        with NothingFromTheHost():
-            self._function(*inputs)
+        super().__init__(parameters, capturable=True)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per-step", "static"])
 @pytest.mark.parametrize("name", SPECS)
-def test_an_iteration_can_be_recorded(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calib.les, "Replayed", Watched)
-    monkeypatch.setattr(torch.optim, "Adam", Idle)
-    before = Watched.calls
-    fit(SPECS[name], random_weight(SPECS[name]), random_inputs(SPECS[name], steps=2), iterations=2, alpha=20.0)
-    assert Watched.calls == before + 2
+def test_a_recorded_iteration_does_what_its_calls_would(
+    name: str, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is made anew that must be kept, and no number that changes is Python's: a CUDA graph would freeze it."""
+    module = importlib.import_module(torch.optim.Adam.__module__)  # torch.optim hides it behind the class
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr(torch.optim, "Adam", Capturable)
+    layer = SPECS[name], random_weight(SPECS[name]), random_inputs(SPECS[name], steps=100)  # of which few come first
+    expected = fit(*layer, iterations=12, alpha=20.0, static=static)
+    monkeypatch.setattr(calib.les, "Replayed", Emulated)
+    before = Emulated.calls
+    replayed = fit(*layer, iterations=12, alpha=20.0, static=static)
+    assert Emulated.calls == before + 12
+    for one, other in zip(vars(replayed).values(), vars(expected).values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_cannot_be_recorded_is_noticed() -> None:
     x = torch.ones(2)
     for slip in (lambda: x.max().item(), lambda: torch.tensor([1.0, 2.0]), lambda: x[x > 0]):
-        with pytest.raises(AssertionError), NothingFromTheHost():
+        with pytest.raises(AssertionError), Recording():
             slip()
+
+
+def test_what_a_replay_would_freeze_is_noticed() -> None:
+    """The emulation itself: a tensor that a call rebinds, and a number that changes, stay as they were recorded."""
+    total, numbers = [torch.zeros(())], iter(range(10))
+
+    def rebind(x: torch.Tensor) -> None:
+        total[0] = total[0] + x * next(numbers)
+
+    emulated = Emulated(rebind, torch.device("cpu"))
+    for _ in range(6):
+        emulated(torch.ones(()))
+    assert total[0] == 0 + 1 + 2 + 3  # as the recording left it: neither 4 nor 5 came
 
 
 def test_no_iterations_give_factors_of_one() -> None:

@@ -6,7 +6,10 @@ Where there is no GPU, Triton's interpreter runs the kernel (conftest.py).
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.fake_quant import QParams
-from calib.successive import round_successively
+from calib.successive import round_successively, why_no_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytest.importorskip("triton", reason="the kernel is written in Triton")
-from calib.successive_kernel import WIDTH, run_kernel  # noqa: E402
-
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the kernel is written in Triton")
 ROOT = Path(__file__).resolve().parents[1]
-CASES = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 2 * WIDTH + 3), st.integers(3, 8))
+CASES = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 35), st.integers(3, 8))
+
+
+def run_kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from calib.successive_kernel import run_kernel
+
+    return run_kernel(*arguments)
+
+
+BOTH = [round_successively, pytest.param(run_kernel, marks=needs_triton)]
 
 
 def drawn(seed: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, QParams]:
@@ -48,7 +58,7 @@ def written_out(
     return codes, lost
 
 
-@pytest.mark.parametrize("rounding", [round_successively, run_kernel])
+@pytest.mark.parametrize("rounding", BOTH)
 @settings(deadline=None, max_examples=25)
 @given(CASES)
 def test_codes_and_losses_are_those_written_out(rounding, case: tuple[int, int, int, int]) -> None:
@@ -61,7 +71,7 @@ def test_codes_and_losses_are_those_written_out(rounding, case: tuple[int, int, 
     np.testing.assert_array_equal(lost.cpu(), expected_lost)
 
 
-@pytest.mark.parametrize("rounding", [round_successively, run_kernel])
+@pytest.mark.parametrize("rounding", BOTH)
 def test_what_is_far_out_of_range_is_clipped(rounding) -> None:
     wanted = torch.tensor([[1e30, -1e30, 1e8, -1e8]], device=DEVICE)
     one = torch.ones_like(wanted)
@@ -69,10 +79,11 @@ def test_what_is_far_out_of_range_is_clipped(rounding) -> None:
     assert codes.tolist() == [[15, 0, 15, 0]]
 
 
-def test_nothing_given_is_changed() -> None:
+@pytest.mark.parametrize("rounding", BOTH)
+def test_nothing_given_is_changed(rounding) -> None:
     given_ = drawn(0, 5, 4)
     kept = [values.clone() for values in (*given_[:3], *given_[3])]
-    run_kernel(*given_, 4)
+    rounding(*given_, 4)
     assert all(torch.equal(one, other) for one, other in zip(kept, (*given_[:3], *given_[3]), strict=True))
 
 
@@ -92,6 +103,7 @@ for capability in (80, 90):
 """
 
 
+@needs_triton
 def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
@@ -100,3 +112,32 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         [sys.executable, str(tmp_path / "compile.py")], env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["80 True True", "90 True True"]
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    why_no_kernel.cache_clear()
+    yield
+    why_no_kernel.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is not there must not work")
+@pytest.mark.usefixtures("asked_anew")
+def test_what_keeps_the_kernel_from_running_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_no_kernel() is None  # nobody wants it here
+    why_no_kernel.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = why_no_kernel()
+    assert reason
+    assert "\n" not in reason
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_full_gpu_does_not_choose_another_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        why_no_kernel()

@@ -323,6 +323,14 @@ def test_a_model_that_does_not_run_on_its_own_shapes_is_an_error() -> None:
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
+def test_a_gpu_that_is_full_is_not_the_configurations_fault() -> None:
+    def fill(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        surveyed({"x": nn.Conv2d(4, 4, 1)}, fill)
+
+
 def test_observing_leaves_no_hooks_behind(tiny: SourceModel) -> None:
     calls = observe(tiny)
     assert calls[0].name == "time_embedding.linear_1"

@@ -118,6 +118,20 @@ def test_a_broken_encoder_is_one_line(folders: dict[str, Path], monkeypatch: pyt
 
 
 @needs_transformers
+def test_a_gpu_that_is_full_is_not_the_encoders_fault(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", fail)
+    with pytest.raises(torch.OutOfMemoryError):  # which `reproducible` turns into a line
+        encoded(pipeline_folder(folders, "sd"), "sd")
+
+
+@needs_transformers
 def test_guidance_for_a_pipeline_that_knows_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLUX, "guidance_embeds", False)  # as FLUX.1-schnell
     folder = save_tiny_pipeline("flux", tmp_path / "schnell")
