@@ -22,14 +22,14 @@ from calib.recipe import Recipe
 from calib.stages import Stages
 from calib.successive import why_no_kernel
 from calib.survey import Survey, survey
-from calib.work import WorkFolder, open_work, started_with
+from calib.work import WorkFolder, open_work, require_work, started_with
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
 from dmq_export.memory import peak_memory, peaks
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
-from dmq_export.schedulers import build_scheduler
+from dmq_export.schedulers import build_scheduler, step_options
 
 BATCH = "samples per evaluation"  # in the fingerprint: kernels add in another order for another batch
 
@@ -57,13 +57,17 @@ def calibrate(
         DmqError: bad input; nothing is written then.
     """
     require_place(output, replace_existing=fresh)
+    folder = work_folder(output)
     with torchrun_ranks() as ranks, reproducible(limits.device, limits.memory):
-        source = load_model(model, limits.device, sample_size=recipe.sample_size)
+        if ranks.leads:
+            require_work(folder, _known(recipe, limits), fresh=fresh)
+        source = load_model(model, limits.device, sample_size=recipe.sample_size, tell=progress.tell)
         surveyed = _survey(source, recipe, strict=strict)
         _tell_of_kernel(limits.device, progress)
-        folder = work_folder(output)
         plan = ranks.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
         with _shared_work(folder, _fingerprint(source, recipe, plan, limits), ranks, fresh=fresh) as work:
+            if ranks.leads:
+                require_place(output, replace_existing=fresh)  # or another process has written it meanwhile
             stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, ranks)
             checkpoint = _checkpoint(stages)
             ranks.wait()  # until all have read what is about to be deleted
@@ -71,22 +75,32 @@ def calibrate(
                 save_checkpoint(checkpoint, output, run=_run_facts(progress, plan), replace_existing=fresh)
                 shutil.rmtree(folder)
             ranks.wait()
-        progress.note("done", checkpoint=str(output), seconds=progress.seconds, **peaks())
+        progress.note("done", checkpoint=str(output), **_run_facts(progress, plan))
         return checkpoint
 
 
 def planned(
-    model: Path, output: Path, recipe: Recipe, limits: Limits, *, strict: bool = False, fresh: bool = False
+    model: Path,
+    output: Path,
+    recipe: Recipe,
+    limits: Limits,
+    progress: Progress,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
 ) -> tuple[Survey, Plan]:
     """What :func:`calibrate` would quantize, and what that would take; nothing is written.
 
     Raises:
         DmqError: as :func:`calibrate`, as far as can be seen beforehand.
     """
+    folder = work_folder(output)
+    require_place(output, replace_existing=fresh)
     with reproducible(limits.device, limits.memory):
-        source = load_model(model, limits.device, sample_size=recipe.sample_size)
+        require_work(folder, _known(recipe, limits), fresh=fresh)
+        source = load_model(model, limits.device, sample_size=recipe.sample_size, tell=progress.tell)
         surveyed = _survey(source, recipe, strict=strict)
-        return surveyed, _plan(source, surveyed, recipe, limits, work_folder(output), fresh=fresh)
+        return surveyed, _plan(source, surveyed, recipe, limits, folder, fresh=fresh)
 
 
 def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress) -> Checkpoint:
@@ -114,6 +128,9 @@ def _plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits,
 
 
 def _survey(source: SourceModel, recipe: Recipe, *, strict: bool) -> Survey:
+    """What is quantized, once it is known that the sampler and ``strict`` allow it."""
+    scheduler = build_scheduler(source.scheduler, recipe.scheduler, recipe.steps, source.config)
+    step_options(scheduler, eta=recipe.eta, generators=())
     surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
     for layer in surveyed.coverage.float_layers if strict else ():
         if not layer.by_design:
@@ -138,11 +155,14 @@ def _shared_work(folder: Path, fingerprint: dict[str, Any], ranks: Ranks, *, fre
 
 def _fingerprint(source: SourceModel, recipe: Recipe, plan: Plan, limits: Limits) -> dict[str, Any]:
     """Everything the result depends on. The calibration set is made from these, so it needs no hash of its own."""
+    return {"model": source.weights_sha256, BATCH: plan.batch, **_known(recipe, limits)}
+
+
+def _known(recipe: Recipe, limits: Limits) -> dict[str, Any]:
+    """What of it is known before the model is loaded."""
     return {
-        "model": source.weights_sha256,
-        **{f"recipe.{name}": value for name, value in recipe.to_json().items()},
-        BATCH: plan.batch,
-        "threads": torch.get_num_threads(),
+        **recipe.to_json(),
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
         "device": device_name(limits.device),
         "rounding kernel": _has_kernel(limits.device),
         **_versions(),
@@ -195,11 +215,11 @@ def _versions() -> dict[str, str]:
 
 def _run_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
     """What differs from run to run, kept apart from the checkpoint."""
-    of_worker = {"peak_memory_of_a_worker_bytes": peak_memory(of_children=True)} if plan.workers > 1 else {}
+    of_worker = peak_memory(of_children=True)
     return {
         "seconds": progress.seconds,
         **peaks(),
-        **of_worker,
+        **({"peak_memory_of_a_worker_bytes": of_worker} if of_worker and plan.workers > 1 else {}),
         "plan": plan.to_json(),
         "machine": platform.platform(),
     }

@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,18 @@ class SourceModel:
         return sample_shape(self.config)
 
 
-def load_model(folder: Path, device: torch.device, *, sample_size: int | None = None) -> SourceModel:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    *,
+    sample_size: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> SourceModel:
     """Load the denoiser of a diffusers folder (a pipeline's, or the denoiser's own) onto ``device``.
 
     Args:
         sample_size: height and width of the latents, for Flux alone; None is that of its pipeline, 128.
+        tell: receives what the user should know of a model that can be used.
 
     Raises:
         ModelError: there is no such folder, it holds no diffusers denoiser, or its weights do not load.
@@ -61,7 +70,7 @@ def load_model(folder: Path, device: torch.device, *, sample_size: int | None = 
     denoiser = denoiser_folder(folder)
     config = read_config(denoiser, sample_size)
     class_name = str(config["_class_name"])
-    network = _network(denoiser, class_name).to(device).eval().requires_grad_(False)
+    network = _network(denoiser, class_name, tell).to(device).eval().requires_grad_(False)
     scheduler = denoiser.parent / "scheduler" / "scheduler_config.json"
     return SourceModel(
         network=network,
@@ -123,7 +132,7 @@ def _sized(config: dict[str, Any], sample_size: int | None) -> dict[str, Any]:
     return config
 
 
-def _network(denoiser: Path, class_name: str) -> nn.Module:
+def _network(denoiser: Path, class_name: str, tell: Callable[[str], None]) -> nn.Module:
     import diffusers
 
     model_class = getattr(diffusers, class_name, None)
@@ -131,22 +140,52 @@ def _network(denoiser: Path, class_name: str) -> nn.Module:
         raise ModelError(
             f"{denoiser}/config.json names {class_name!r}, which is no model of diffusers {diffusers.__version__}"
         )
+    if not any(path.suffix in WEIGHT_SUFFIXES for path in denoiser.iterdir()):
+        raise ModelError(f"{denoiser} holds no weights (*.safetensors or *.bin): download all of its files")
     try:
-        network, loaded = model_class.from_pretrained(  # type: ignore[no-untyped-call]
-            str(denoiser),
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _silence():
+            network, loaded = model_class.from_pretrained(  # type: ignore[no-untyped-call]
+                str(denoiser),
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"the weights in {denoiser} do not load: {reason[:LONGEST_REASON]}") from error
-    if loaded["missing_keys"]:  # diffusers would go on with random numbers there
-        missing = sorted(loaded["missing_keys"])
-        raise ModelError(f"the weights in {denoiser} do not load: {len(missing)} tensors are missing, as {missing[0]}")
+        raise ModelError(f"the model in {denoiser} does not load: {reason[:LONGEST_REASON]}") from error
+    _require_weights(network, loaded["missing_keys"], denoiser)
+    if loaded["unexpected_keys"]:
+        unused = sorted(loaded["unexpected_keys"])
+        tell(f"{_tensors(unused)} in {denoiser} are no part of the {class_name} that its config.json describes")
     float_network: nn.Module = network
     return float_network
+
+
+def _require_weights(network: nn.Module, missing: Sequence[str], denoiser: Path) -> None:
+    """Refuse what diffusers would go on with: random numbers where there are none, and what is no number."""
+    if missing:
+        raise ModelError(f"the model in {denoiser} does not load: {_tensors(sorted(missing))} are missing")
+    damaged = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
+    if damaged:
+        raise ModelError(f"{_tensors(damaged)} in {denoiser} hold NaN or infinity: download or train it again")
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors ({names[0]}{', ...' if len(names) > 1 else ''})"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """While the block runs, diffusers does not log: it gives advice that would do harm here."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
 
 
 def _weights_sha256(denoiser: Path) -> str:

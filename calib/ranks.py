@@ -30,16 +30,34 @@ class Ranks(Rank):
         return self.index == 0
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Until every process has come here.
+
+        Raises:
+            DmqError: one of them has ended.
+        """
         if self.count > 1:
-            distributed.barrier()
+            with _others_there():
+                distributed.barrier()
 
     def agree(self, choose: Callable[[], T]) -> T:
-        """What the leader chooses, in every process."""
+        """What the leader chooses, in every process.
+
+        Raises:
+            DmqError: the leader has ended.
+        """
         told = [choose() if self.leads else None]
         if self.count > 1:
-            distributed.broadcast_object_list(told)
+            with _others_there():
+                distributed.broadcast_object_list(told)
         return cast("T", told[0])
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, of a connection that is gone
+        raise DmqError("another process of this calibration has ended: its own message says why") from error
 
 
 @contextmanager

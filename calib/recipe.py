@@ -1,5 +1,6 @@
 """Every setting of a calibration, with its default; the presets; no torch, so that ``--help`` is instant."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -89,6 +90,9 @@ class Recipe:
         for name in ("samples", "steps", "check_samples", "les_batch", "pts_samples"):
             if getattr(self, name) < 1:
                 raise DmqError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DmqError(f"{name} is {value}: a finite number is needed")
         if self.les_iterations < 0 or self.timestep_alpha < 0:
             raise DmqError("les_iterations and timestep_alpha must not be negative")
         for name in ("pts_kappa", "sensitive_share"):
@@ -147,5 +151,12 @@ PRESETS: dict[Preset, Recipe] = {
 
 
 def recipe_from(preset: Preset, **changes: Any) -> Recipe:
-    """The preset's recipe with ``changes``; a change of None keeps the preset's value."""
-    return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+    """The preset's recipe with ``changes``; a change of None keeps the preset's value.
+
+    Raises:
+        DmqError: a value is out of its range, or would have no effect.
+    """
+    recipe = replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+    if changes.get("round_iterations") and recipe.rounding != "adaround":
+        raise DmqError(f"--round-iters is of AdaRound, the rounding is {recipe.rounding}: add --rounding adaround")
+    return recipe

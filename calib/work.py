@@ -95,10 +95,36 @@ class WorkFolder:
         return self.folder / f"{key}.safetensors"
 
 
-def started_with(folder: Path) -> Mapping[str, Any]:
-    """The fingerprint of the unfinished calibration at ``folder``, empty where there is none."""
+def started_with(folder: Path) -> dict[str, Any]:
+    """The fingerprint of the unfinished calibration at ``folder``, empty where there is none.
+
+    Raises:
+        DmqError: it is damaged.
+    """
     path = folder / FINGERPRINT
-    return read_json(path) if path.is_file() else {}
+    try:
+        return read_json(path) if path.is_file() else {}
+    except DmqError as error:
+        raise DmqError(f"{error}; pass --fresh to start over") from error
+
+
+def require_work(folder: Path, known: Mapping[str, Any], *, fresh: bool = False) -> None:
+    """Refuse at once what :func:`open_work` would refuse later; writes nothing.
+
+    Args:
+        known: of the fingerprint, what is known already.
+
+    Raises:
+        DmqError: as there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DmqError(f"{folder} is a file, and unfinished work goes there: move it away, or choose another output")
+    if (folder / LOCK).is_file():
+        with _locked(folder):
+            pass
+    before = {} if fresh else started_with(folder)
+    if before:
+        _compare(folder, {name: before.get(name) for name in known}, json.loads(json.dumps(known)))
 
 
 @contextmanager
@@ -148,7 +174,10 @@ def _require_same(folder: Path, fingerprint: dict[str, Any]) -> None:
         scratch.write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
         scratch.replace(path)
         return
-    before = read_json(path)
+    _compare(folder, started_with(folder), fingerprint)
+
+
+def _compare(folder: Path, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     for name in sorted(before.keys() | fingerprint.keys()):
         then, now = before.get(name), fingerprint.get(name)
         if then != now:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from calib.capture import Captures, LayerInputs
 from calib.fit import FloatLayer, equivalent_scaling, fit_layer
 from calib.recipe import Recipe
 from calib.work import WorkFolder
+from dmq_export.errors import DmqError
 
 WATCH_SECONDS = 1.0
 
@@ -65,16 +67,30 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 def run_tasks(tasks: Sequence[FitTask], workers: int, done: Callable[[dict[str, float]], None]) -> None:
-    """Run every task, in ``workers`` processes if more than one; ``done`` receives the seconds by layer of each."""
+    """Run every task, in ``workers`` processes if more than one; ``done`` receives the seconds by layer of each.
+
+    Raises:
+        DmqError: one of the processes was killed.
+    """
     if workers < 2 or len(tasks) < 2:
         for task in tasks:
             done(task.run())
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch, initargs=(os.getpid(),))
-    with pool:
-        for future in as_completed([pool.submit(FitTask.run, task) for task in tasks]):
-            done(future.result())
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch, initargs=(os.getpid(),)) as pool:
+        try:
+            for future in as_completed([pool.submit(FitTask.run, task) for task in tasks]):
+                done(future.result())
+        except BrokenProcessPool as error:
+            raise DmqError(
+                "a process that fitted layers was killed, perhaps for want of memory: repeat the command, which goes "
+                "on, with fewer --workers or less --max-memory"
+            ) from error
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # or all that is queued would be fitted first
+            raise
 
 
 def _watch(parent: int) -> None:

@@ -118,14 +118,19 @@ def save_checkpoint(
     Raises:
         DmqError: the folder exists (and ``replace_existing`` is not set) or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     require_place(folder, replace_existing=replace_existing)
     with atomic_folder(folder, replace=replace_existing) as scratch:
-        save_file(_tensors(checkpoint), scratch / TENSORS)
+        try:
+            save_file(_tensors(checkpoint), scratch / TENSORS)
+        except SafetensorError as error:
+            raise DmqError(f"{folder} cannot be written: {error}") from error
         facts = _facts(checkpoint) | {"tensors_sha256": sha256(scratch / TENSORS)}
         for name, content in ((FACTS, facts), (RUN, dict(run))):
             (scratch / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (scratch / TENSORS).chmod((scratch / FACTS).stat().st_mode)  # safetensors writes for the owner alone
 
 
 def require_place(folder: Path, *, replace_existing: bool) -> None:

@@ -15,6 +15,7 @@ from dmq_export.commands.options import (
     BatchSizes,
     BitWidths,
     LabelList,
+    Number,
     Size,
     backend_option,
     choice,
@@ -24,7 +25,7 @@ from dmq_export.commands.options import (
     seed_option,
     threads_option,
 )
-from dmq_export.errors import DmqError
+from dmq_export.errors import DmqError, StoppedError
 from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.schedulers import SCHEDULERS
@@ -50,7 +51,11 @@ class Group(click.Group):
             message = f"this needs {library}, which is not installed: {install(library)}"
             status = DmqError.exit_code
         except OSError as error:
-            message, status = f"{error.strerror}: {error.filename}", DmqError.exit_code
+            what = error.strerror or str(error) or type(error).__name__
+            message = what if error.filename is None else f"{what}: {error.filename}"
+            status = DmqError.exit_code
+        except KeyboardInterrupt:
+            message, status = "interrupted", StoppedError.exit_code
         click.echo(f"Error: {message}", err=True)
         ctx.exit(status)
 
@@ -76,23 +81,21 @@ def main() -> None:
 @preset_option("--samples", field="samples", type=click.IntRange(min=1), help="Trajectories to calibrate on.")
 @preset_option("--steps", field="steps", type=click.IntRange(min=1), help="Sampling steps of a trajectory.")
 @preset_option("--scheduler", field="scheduler", type=click.Choice(list(SCHEDULERS)), help="Instead of the model's.")
-@preset_option("--eta", field="eta", type=click.FloatRange(0, 1), help="DDIM's noise share.")
+@preset_option("--eta", field="eta", type=Number(0, 1), help="DDIM's noise share.")
 @preset_option("--labels", field="labels", type=LabelList(), help="Class labels, such as 0-9.")
 @preset_option("--null-label", field="null_label", type=int, help="The label that stands for no label.")
-@preset_option("--guidance-scale", field="guidance_scale", type=float, help="Classifier-free guidance.")
+@preset_option("--guidance-scale", field="guidance_scale", type=Number(min=0), help="Classifier-free guidance.")
 @click.option("--prompts", type=FOLDER, help="Text file, a prompt per line, for the pipeline's own text encoder.")
 @click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
 @preset_option("--sample-size", field="sample_size", type=click.IntRange(min=2), help="Latents of a Flux model.")
 @preset_option("--rounding", field="rounding", type=choice(Rounding), help="Of the weights.")
 @preset_option("--les-iters", field="les_iterations", type=click.IntRange(min=0), help="Equivalent scaling.")
-@preset_option("--timestep-alpha", field="timestep_alpha", type=click.FloatRange(min=0), help="Adaptive step weight.")
+@preset_option("--timestep-alpha", field="timestep_alpha", type=Number(min=0), help="Adaptive step weight.")
 @preset_option("--round-iters", field="round_iterations", type=click.IntRange(min=0), help="AdaRound, per block.")
 @preset_option("--activation-scheme", field="scheme", type=choice(Scheme), help="Zero point free or fixed.")
 @preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")
 @preset_option("--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Power-of-two scaling.")
-@preset_option(
-    "--sensitive-share", field="sensitive_share", type=click.FloatRange(0, 1), help="Of the weights, for w7a8."
-)
+@preset_option("--sensitive-share", field="sensitive_share", type=Number(0, 1), help="Of the weights, for w7a8.")
 @click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
 @seed_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="To calibrate on.")
@@ -234,9 +237,9 @@ def trt_build(
 @click.option("--num", "count", type=click.IntRange(min=1), default=20, help="Samples.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: as calibrated]")
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="[default: as calibrated]")
-@click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise share.  [default: as calibrated]")
+@click.option("--eta", type=Number(0, 1), help="DDIM's noise share.  [default: as calibrated]")
 @click.option("--labels", type=LabelList(), default=(), show_default="all", help="Class labels, such as 0-9.")
-@click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: none]")
+@click.option("--guidance-scale", type=Number(min=0), help="Classifier-free guidance.  [default: none]")
 @click.option("--null-label", type=int, help="The label that stands for no label.")
 @click.option("--pipeline", type=FOLDER, help="Its text encoder reads prompts, its decoder makes pictures of latents.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="To draw; several take turns.")

@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     except AttributeError as error:
         raise DmqError(f"{path} holds a single array, an .npz file of arrays by name was expected") from error
     except (BadZipFile, EOFError, ValueError) as error:  # what NumPy says of pickles and of other files
-        raise DmqError(f"{path} is no .npz file of plain arrays: {error}") from error
+        raise DmqError(f"{path} is no .npz file of plain arrays: write one with numpy.savez") from error
 
 
 def fitted(embeddings: Embeddings, told: Sequence[Argument], guidance_scale: float | None) -> Embeddings:

@@ -23,6 +23,12 @@ class ExportError(DmqError):
     """A layer or a model cannot be expressed in the requested form."""
 
 
+class StoppedError(DmqError):
+    """The user stopped it."""
+
+    exit_code = 130  # as shells have it: 128 and SIGINT
+
+
 class CheckFailedError(DmqError):
     """The work was done, but a check of its result failed."""
 

@@ -26,6 +26,8 @@ def load_onnx(path: Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's errors have no common base but Exception
         raise DmqError(f"{path} is not an ONNX model: {type(error).__name__}") from error
+    if not model.graph.outputs:  # an empty file is a valid message of protobuf
+        raise DmqError(f"{path} is not an ONNX model: it has no outputs")
     for data in external_files(model, path.parent):
         if not data.resolve().is_relative_to(path.parent.resolve()):
             raise DmqError(f"{path} keeps weights in {data}, outside its folder: such files are not read")

@@ -20,10 +20,11 @@ class Advance(Protocol):
 
 
 LINE_SECONDS = 30.0
+SHORT = 10.0  # seconds of a stage that nobody needs to hear of
 
 
 class _Lines:
-    """A stage in a log file: a line now and then instead of a bar."""
+    """A stage in a log file: a line now and then and at its end instead of a bar."""
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         self._name, self._total, self._unit = name, total, unit
@@ -39,6 +40,12 @@ class _Lines:
         line = tqdm.format_meter(done, self._total, now - self._start, prefix=self._name, bar_format=counted)
         tqdm.write(line.rstrip(), file=sys.stderr)
 
+    def end(self) -> None:
+        """Write the last line, unless the stage was short."""
+        taken = time.perf_counter() - self._start
+        if taken > SHORT:
+            tqdm.write(f"{self._name}: done in {taken:.0f} s", file=sys.stderr)
+
 
 class Progress:
     """Shows one stage at a time and remembers how long each took.
@@ -46,6 +53,9 @@ class Progress:
     Args:
         show: False hides the bars; by default a line every half a minute stands for them where stderr is no terminal.
         log: a file that receives one JSON object per line for everything that happens.
+
+    Raises:
+        OSError: the log cannot be written.
     """
 
     def __init__(self, *, show: bool | None = None, log: Path | None = None) -> None:
@@ -53,6 +63,8 @@ class Progress:
         self._show = show
         self._log = log
         self._start = time.perf_counter()
+        if log is not None:
+            log.open("a").close()  # or it would fail once there is something to say
 
     def restarted(self) -> "Progress":
         """Another one that shows and logs as this does and has counted nothing."""
@@ -92,6 +104,8 @@ class Progress:
                 self.note("progress", stage=name, done=done, total=total, **({"what": what} if what else {}))
 
             yield advance
+            if bar.disable and self._show is None:
+                lines.end()
         taken = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
         self.note("stage done", stage=name, seconds=round(taken, 3), **peaks())

@@ -29,6 +29,7 @@ from calib.trajectories import Conditioning
 from calib.work import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
+from dmq_export.progress import Progress
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -198,7 +199,7 @@ def test_the_time_grows_with_what_is_asked_for(small: SourceModel, tmp_path: Pat
 
 
 def test_a_plan_writes_nothing_and_is_json(small_model: Path, tmp_path: Path) -> None:
-    surveyed, plan = planned(small_model, tmp_path / "out", TINY_RECIPE, Limits(CPU))
+    surveyed, plan = planned(small_model, tmp_path / "out", TINY_RECIPE, Limits(CPU), Progress(show=False))
     assert list(tmp_path.iterdir()) == []
     facts = json.loads(json.dumps(plan.to_json(), allow_nan=False))
     assert facts["layers"] == len(surveyed.coverage.quantized) == 12

@@ -187,6 +187,10 @@ def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in home.iterdir()] == ["thesis.tex"]
 
 
+def test_all_of_a_checkpoint_can_be_read_by_whom_the_umask_says(folder: Path) -> None:
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     broken = random_checkpoint(three_layers(), metrics={"not json": object()})
     with pytest.raises(TypeError, match="not JSON serializable"):

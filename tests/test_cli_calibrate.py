@@ -58,9 +58,40 @@ def test_the_same_command_goes_on_and_another_is_refused_in_one_line(
 
     with monkeypatch.context() as stopped:
         stopped.setattr(calib.stages, "run_tasks", stop)
-        assert run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY).exit_code != 0
+        interrupted = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY)
+        assert interrupted.exit_code == 130
+        assert interrupted.stderr.endswith(
+            f"Error: interrupted: what is finished is in {tmp_path / 'ckpt.work'}, the same command goes on\n"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.work"]
-    other = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY, "--seed", "1")
-    assert_refused(other, "ckpt.work holds an unfinished calibration with recipe.seed 0, this one has 1: repeat the")
+    for dry in ([], ["--dry-run"]):
+        other = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY, "--seed", "1", *dry)
+        assert_refused(other, "ckpt.work holds an unfinished calibration with seed 0, this one has 1: repeat the")
     assert run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eta", "nan"], "nan is no finite number"),
+        (["--guidance-scale", "inf"], "inf is no finite number"),
+        (["--timestep-alpha", "inf"], "inf is no finite number"),
+        (["--guidance-scale", "-1"], "-1.0 is not in the range x>=0"),
+        (["--labels", "9-0"], "'9-0' runs backwards from 9 to 0: write 0-9"),
+        (["--round-iters", "5"], "--round-iters is of AdaRound, the rounding is gptq"),
+        (["--scheduler", "euler", "--eta", "0.5"], "EulerDiscreteScheduler takes none: use --scheduler ddim"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_the_plan_too(
+    tiny_model: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    refused = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY, *options, "--dry-run")
+    assert_refused(refused, re.escape(message))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_refused_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "missing" / "log.jsonl"
+    refused = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY, "--log-json", log)
+    assert_refused(refused, f"No such file or directory: {log}")

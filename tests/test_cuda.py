@@ -120,7 +120,7 @@ def test_the_memory_limit_is_kept_and_the_plan_is_near(tmp_path: Path) -> None:
     limits, recipe = Limits(CUDA, memory=GIB), replace(TINY_RECIPE, samples=16, steps=2)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    plan = planned(model, tmp_path / "out", recipe, limits)[1]
+    plan = planned(model, tmp_path / "out", recipe, limits, Progress(show=False))[1]
     run(model, tmp_path / "out", recipe, limits)
     assert torch.cuda.max_memory_reserved() <= GIB
     assert 0.75 * plan.memory < torch.cuda.max_memory_allocated() < 1.25 * plan.memory
@@ -179,7 +179,7 @@ def test_without_its_kernel_rounding_goes_on_and_says_so(
 def test_a_mistake_stays_one_line(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     with pytest.raises(DmqError, match="matches no layer"):
-        planned(model, tmp_path / "out", replace(TINY_RECIPE, float_layers=("nowhere",)), Limits(CUDA))
+        run(model, tmp_path / "out", replace(TINY_RECIPE, float_layers=("nowhere",)))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

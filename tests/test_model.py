@@ -160,11 +160,41 @@ def reshape_tensor(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, lambda path: path.write_bytes(b"no tensors"), Path.unlink, reshape_tensor, drop_tensor]
+    "damage", [truncate, lambda path: path.write_bytes(b"no tensors"), reshape_tensor, drop_tensor]
 )
 def test_weights_that_do_not_load_are_refused(pipeline: Path, damage: Callable[[Path], object]) -> None:
     damage(pipeline / "unet" / WEIGHTS)
-    assert one_line(pipeline).startswith(f"the weights in {pipeline / 'unet'} do not load: ")
+    assert one_line(pipeline).startswith(f"the model in {pipeline / 'unet'} does not load: ")
+
+
+def test_a_folder_without_weights_says_so(pipeline: Path) -> None:
+    (pipeline / "unet" / WEIGHTS).unlink()
+    assert one_line(pipeline) == (
+        f"{pipeline / 'unet'} holds no weights (*.safetensors or *.bin): download all of its files"
+    )
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(pipeline: Path, number: float) -> None:
+    path = pipeline / "unet" / WEIGHTS
+    tensors = load_file(path)
+    tensors["mid_block.resnets.0.conv1.weight"].view(-1)[3] = number
+    save_file(tensors, path)
+    assert "1 tensors (mid_block.resnets.0.conv1.weight)" in one_line(pipeline)
+    assert "hold NaN or infinity" in one_line(pipeline)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_told(
+    pipeline: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, told = pipeline / "unet" / WEIGHTS, []
+    save_file(load_file(path) | {"a": torch.zeros(2), "b": torch.zeros(2)}, path)
+    load_model(pipeline, CPU, tell=told.append)
+    assert told == [
+        f"2 tensors (a, ...) in {pipeline / 'unet'} are no part of the UNet2DModel that its config.json describes"
+    ]
+    assert capfd.readouterr() == ("", "")  # diffusers' own words are of no help
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("damage", [drop_tensor, reshape_tensor])
@@ -188,7 +218,7 @@ def test_a_pickled_weights_file_runs_no_code(pipeline: Path, tmp_path: Path) -> 
     torch.save({"conv_in.weight": Bomb(tmp_path / "ran")}, pipeline / "unet" / "diffusion_pytorch_model.bin")
     assert pickle.loads(pickle.dumps(Bomb(tmp_path / "armed"))) is None
     assert (tmp_path / "armed").exists()
-    assert "do not load" in one_line(pipeline)
+    assert "does not load" in one_line(pipeline)
     assert not (tmp_path / "ran").exists()
 
 

@@ -52,6 +52,12 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         load_onnx(tmp_path / "none.onnx")
 
 
+def test_an_empty_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(DmqError, match=r"empty\.onnx is not an ONNX model: it has no outputs"):
+        load_onnx(tmp_path / "empty.onnx")
+
+
 def test_input_sizes_keep_the_names_of_open_sizes(tiny_onnx: Path) -> None:
     assert input_sizes(load_onnx(tiny_onnx)) == {
         "sample": ("batch", 1, 8, 8),

@@ -48,6 +48,20 @@ def test_a_short_stage_leaves_nothing_in_a_log_file(capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_stage_of_some_seconds_leaves_a_line_at_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dmq_export.progress, "SHORT", 0.0)
+    run_stage(Progress())
+    run_stage(Progress(show=False))
+    assert capsys.readouterr() == ("", "layer fits: done in 0 s\n")
+
+
+def test_a_log_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Progress(log=tmp_path / "missing" / "log.jsonl")
+
+
 @pytest.mark.parametrize("show", [None, False])
 def test_a_long_stage_leaves_lines_in_a_log_file_unless_bars_are_off(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, show: bool | None

@@ -30,20 +30,41 @@ with torchrun_ranks() as ranks:  # a line at once, or lines of two processes mix
 """
 
 
+def together(script: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes that run it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, str(script)], env=environment, check=True, capture_output=True, text=True, timeout=120
+    )
+
+
 def test_all_processes_do_as_the_leader_chooses(tmp_path: Path) -> None:
     assert Ranks().agree(lambda: 7) == 7
     (tmp_path / "agree.py").write_text(AGREE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "agree.py")],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = together(tmp_path / "agree.py")
     assert sorted(done.stdout.splitlines()) == ["0 chosen by 0", "1 chosen by 0"]
+
+
+LEAVE = """
+import sys
+from calib.ranks import torchrun_ranks
+from dmq_export.errors import DmqError
+try:
+    with torchrun_ranks() as ranks:
+        if ranks.leads:
+            raise DmqError("the reason")
+        ranks.wait()
+except DmqError as error:
+    sys.stdout.write(f"{error}\\n")
+"""
+
+
+def test_the_others_say_that_one_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "leave.py").write_text(LEAVE)
+    done = together(tmp_path / "leave.py")
+    ended = "another process of this calibration has ended: its own message says why"
+    assert sorted(done.stdout.splitlines()) == [ended, "the reason"]
 
 
 def test_processes_that_nobody_introduced_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,3 +92,17 @@ def test_what_was_recorded_gives_the_recipe_back(
 def test_a_count_below_one_is_refused_by_name(name: str, value: int) -> None:
     with pytest.raises(DmqError, match=f"{name} is {value}: at least 1 is needed"):
         recipe_from("fast", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["eta", "guidance_scale", "timestep_alpha", "sensitive_share", "les_learning_rate"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(DmqError, match=f"{name} is (nan|inf): a finite number is needed"):
+        recipe_from("fast", **{name: value})
+
+
+def test_iterations_that_nothing_would_do_are_refused() -> None:
+    with pytest.raises(DmqError, match="--round-iters is of AdaRound, the rounding is gptq: add --rounding adaround"):
+        recipe_from("fast", round_iterations=5)
+    assert recipe_from("fast", round_iterations=5, rounding="adaround").round_iterations == 5
+    assert recipe_from("paper", rounding="gptq").rounding == "gptq"

@@ -25,7 +25,7 @@ from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = Limits(torch.device("cpu"))
+CPU, QUIET = Limits(torch.device("cpu")), Progress(show=False)
 # two groups of samples, every stage
 RECIPE = replace(
     TINY_RECIPE, samples=20, steps=2, rounding="adaround", round_iterations=3, pts_kappa=0.0, sensitive_share=0.3
@@ -118,7 +118,7 @@ def test_another_recipe_does_not_go_on_with_it(
     monkeypatch.setattr(calib.stages, "run_tasks", stop)
     with pytest.raises(Stopped):
         run(small_model, tmp_path / "out")
-    with pytest.raises(DmqError, match=r"holds an unfinished calibration with recipe\.seed 0, this one has 1"):
+    with pytest.raises(DmqError, match=r"holds an unfinished calibration with seed 0, this one has 1"):
         run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1))
     with pytest.raises(Stopped):
         run(small_model, tmp_path / "out", recipe=replace(RECIPE, seed=1), fresh=True)
@@ -132,8 +132,8 @@ def test_it_goes_on_with_the_batch_it_began_with_whatever_memory_is_free_now(
         with pytest.raises(Stopped):
             run(small_model, tmp_path / "out")
     monkeypatch.setattr(calib.plan, "BATCHES", (1,))
-    assert planned(small_model, tmp_path / "out", RECIPE, CPU)[1].batch == 16
-    assert planned(small_model, tmp_path / "out", RECIPE, CPU, fresh=True)[1].batch == 1
+    assert planned(small_model, tmp_path / "out", RECIPE, CPU, QUIET)[1].batch == 16
+    assert planned(small_model, tmp_path / "out", RECIPE, CPU, QUIET, fresh=True)[1].batch == 1
     run(small_model, tmp_path / "out")
     assert contents(tmp_path / "out") == undisturbed
 
@@ -172,7 +172,7 @@ def test_what_is_captured_is_not_captured_again_where_there_is_less_room_now(
         take(self, *arguments, **options)
 
     monkeypatch.setattr(Captures, "take", noted)
-    less = planned(small_model, tmp_path / "out", recipe, CPU)[1].disk - 1
+    less = planned(small_model, tmp_path / "out", recipe, CPU, QUIET)[1].disk - 1
     run(small_model, tmp_path / "out", Limits(torch.device("cpu"), disk=less), recipe)
     assert len(taken) == len(taken[0].batches) == 2  # of the second pass; the first held that and more
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

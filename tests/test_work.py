@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 import calib.work
-from calib.work import FINGERPRINT, WorkFolder, open_work
+from calib.work import FINGERPRINT, WorkFolder, open_work, require_work
 from dmq_export.errors import DmqError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,3 +166,25 @@ except DmqError as error:
     with open_work(tmp_path / "w", OURS):
         assert "another process is calibrating in" in other()
     assert other() == "opened"
+
+
+def test_what_cannot_be_worked_in_is_refused_beforehand(tmp_path: Path) -> None:
+    folder = tmp_path / "out.work"
+    require_work(folder, OURS)
+    assert not folder.exists()
+    folder.touch()
+    with pytest.raises(DmqError, match=r"out\.work is a file, and unfinished work goes there: move it away"):
+        require_work(folder, OURS)
+    folder.unlink()
+    with open_work(folder, OURS | {"batch": 4}) as work:
+        work.save("fits/a", {})
+        with pytest.raises(DmqError, match="another process is calibrating"):
+            require_work(folder, OURS)
+    require_work(folder, OURS)  # the batch is not known yet
+    with pytest.raises(DmqError, match="holds an unfinished calibration with model abc, this one has def"):
+        require_work(folder, OURS | {"model": "def"})
+    require_work(folder, OURS | {"model": "def"}, fresh=True)
+    (folder / FINGERPRINT).write_text("{")
+    with pytest.raises(DmqError, match=r"is not valid JSON.*; pass --fresh to start over"):
+        require_work(folder, OURS)
+    assert sorted(path.name for path in folder.iterdir()) == ["fingerprint.json", "fits", "lock"]

@@ -1,6 +1,9 @@
 """Fits in other processes; that they give the same bytes is in test_resume.py."""
 
+import multiprocessing
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from calib.trajectories import Conditioning, SamplerSettings, record_trajectorie
 from calib.work import WorkFolder
 from calib.workers import FitTask, one_thread, run_tasks
 from dmq_export.bits import Bits
+from dmq_export.errors import DmqError
 
 CPU = torch.device("cpu")
 
@@ -49,6 +53,31 @@ def test_a_failing_task_is_an_error_here(tasks: list[FitTask]) -> None:
     tasks[1].captures.forget()
     with pytest.raises(RuntimeError, match="patches"):
         run_tasks(tasks, 2, lambda *_: None)
+
+
+def test_a_worker_that_is_killed_is_one_line(tasks: list[FitTask]) -> None:
+    def kill(_: object) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(DmqError, match="was killed, perhaps for want of memory: repeat the command, which goes on"):
+        run_tasks(tasks * 20, 2, kill)
+
+
+def test_an_interruption_does_not_wait_for_what_is_queued(tasks: list[FitTask]) -> None:
+    done: list[object] = []
+
+    def interrupt(seconds: dict[str, float]) -> None:
+        done.append(seconds)
+        raise KeyboardInterrupt
+
+    start = time.perf_counter()
+    slow = [replace(task, recipe=replace(task.recipe, les_iterations=10**6)) for task in tasks[1:]]
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([tasks[0], *slow * 20], 2, interrupt)
+    assert time.perf_counter() - start < 60  # one of the others takes many minutes
+    assert len(done) == 1
+    assert not multiprocessing.active_children()
 
 
 def test_one_thread_on_the_cpu_while_a_fit_runs() -> None:

@@ -13,7 +13,7 @@ from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import RUN, Checkpoint, require_place
 from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.coverage import Coverage
-from dmq_export.errors import DmqError
+from dmq_export.errors import DmqError, StoppedError
 from dmq_export.files import read_json
 from dmq_export.memory import in_words
 from dmq_export.progress import Progress
@@ -181,14 +181,19 @@ def calibrate_model(job: Job) -> Calibration | None:
     """Do the job; None in the processes of torchrun but the first.
 
     Raises:
-        DmqError: bad input; nothing is written then.
+        DmqError: bad input, and nothing is written then; or the user stopped it, and the same goes on.
     """
-    from calib.calibrate import calibrate
+    from calib.calibrate import calibrate, work_folder
 
     progress, limits = Progress(log=job.means.log), job.means.limits()
     recipe = job.told(limits, progress)
     folder = model_folder(job.model)
-    checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
+    try:
+        checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
+    except KeyboardInterrupt as error:
+        kept = work_folder(job.output)
+        rest = f"what is finished is in {kept}, the same command goes on" if kept.exists() else "nothing is finished"
+        raise StoppedError(f"interrupted: {rest}") from error
     if Rank.of(os.environ).index:
         return None
     return Calibration(job.output, checkpoint, read_json(job.output / RUN))
@@ -202,10 +207,10 @@ def plan_model(job: Job) -> CalibrationPlan:
     """
     from calib.calibrate import planned
 
-    limits = job.means.limits()
-    recipe = job.told(limits, Progress(log=job.means.log))
+    progress, limits = Progress(log=job.means.log), job.means.limits()
+    recipe = job.told(limits, progress)
     folder = model_folder(job.model)
-    surveyed, plan = planned(folder, job.output, recipe, limits, strict=job.strict, fresh=job.fresh)
+    surveyed, plan = planned(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
     return CalibrationPlan(surveyed.coverage, plan)
 
 

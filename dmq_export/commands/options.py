@@ -1,5 +1,6 @@
 """Types of the command line's options, and the options that several commands share."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -29,8 +30,20 @@ class LabelList(click.ParamType[tuple[int, ...]]):
             first, _, last = piece.strip().partition("-")
             if not first.isdigit() or not (last.isdigit() or not last):
                 self.fail(f"{value!r} is no list of labels: write 0,3,7 or 0-9", param, ctx)
+            if int(last or first) < int(first):
+                self.fail(f"{value!r} runs backwards from {first} to {last}: write {last}-{first}", param, ctx)
             labels += range(int(first), int(last or first) + 1)
         return tuple(labels)
+
+
+class Number(click.FloatRange):
+    """A number in a range; click's own takes ``nan`` for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 class Size(click.ParamType[int]):
