@@ -16,6 +16,8 @@ from calib.model import SourceModel, load_model
 from calib.recipe import Recipe
 from dmq_export.layer import LayerSpec
 
+CPU = torch.device("cpu")
+
 POSITIVE = st.floats(0.01, 100)
 
 
@@ -79,7 +81,21 @@ def test_a_layer_twice_as_large_takes_about_as_much_longer_as_its_columns_say() 
 def test_a_long_probe_runs_once_and_a_short_one_until_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     now, taken = iter([0.0, 5.0, 10.0, 10.4, 11.0, 11.1, 12.0, 12.2]), []
     monkeypatch.setattr(calib.duration.time, "perf_counter", lambda: next(now))
-    assert calib.duration._best_seconds(lambda: taken.append(0)) == 5.0
+    assert calib.duration._best_seconds(lambda: taken.append(0), CPU) == 5.0
     assert len(taken) == 1
-    assert calib.duration._best_seconds(lambda: taken.append(0)) == pytest.approx(0.1)
+    assert calib.duration._best_seconds(lambda: taken.append(0), CPU) == pytest.approx(0.1)
     assert len(taken) == 4
+
+
+def test_on_a_gpu_a_probe_runs_once_untimed_and_waits_for_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is made up: what is started is done once somebody waits for it."""
+    clock, started = [0.0], []
+
+    def wait(_: object) -> None:
+        clock[0] += sum(started)
+        started.clear()
+
+    monkeypatch.setattr(calib.duration.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    seconds = iter([100.0, 3.0])  # the first compiles
+    assert calib.duration._best_seconds(lambda: started.append(next(seconds)), torch.device("cuda")) == 3.0
