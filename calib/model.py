@@ -157,7 +157,7 @@ def _network(denoiser: Path, class_name: str, tell: Callable[[str], None]) -> nn
     _require_weights(network, loaded["missing_keys"], denoiser)
     if loaded["unexpected_keys"]:
         unused = sorted(loaded["unexpected_keys"])
-        tell(f"{_tensors(unused)} in {denoiser} are no part of the {class_name} that its config.json describes")
+        tell(f"{denoiser} has weights that the {class_name} of its config.json has no place for: {_named(unused)}")
     float_network: nn.Module = network
     return float_network
 
@@ -165,14 +165,14 @@ def _network(denoiser: Path, class_name: str, tell: Callable[[str], None]) -> nn
 def _require_weights(network: nn.Module, missing: Sequence[str], denoiser: Path) -> None:
     """Refuse what diffusers would go on with: random numbers where there are none, and what is no number."""
     if missing:
-        raise ModelError(f"the model in {denoiser} does not load: {_tensors(sorted(missing))} are missing")
+        raise ModelError(f"the model in {denoiser} does not load: its weights lack {_named(sorted(missing))}")
     damaged = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
     if damaged:
-        raise ModelError(f"{_tensors(damaged)} in {denoiser} hold NaN or infinity: download or train it again")
+        raise ModelError(f"the weights in {denoiser} hold NaN or infinity, in {_named(damaged)}: train it again")
 
 
-def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors ({names[0]}{', ...' if len(names) > 1 else ''})"
+def _named(tensors: Sequence[str]) -> str:
+    return tensors[0] if len(tensors) == 1 else f"{tensors[0]} and {len(tensors) - 1} more"
 
 
 @contextmanager
