@@ -1,5 +1,6 @@
 """What many tests share: a tiny model's folder, its checkpoint, and its export, made once."""
 
+import math
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
 
 from models import TINY_RECIPE, save_tiny_model
 
+import dmq_export.progress
 from calib.calibrate import calibrate
 from calib.plan import Limits
 from dmq_export.batch import Batch
@@ -19,6 +21,12 @@ from dmq_export.commands.onnx import export_onnx
 from dmq_export.progress import Progress
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(autouse=True)
+def _a_slow_machine_says_no_more_than_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds in ("LINE_SECONDS", "SHORT"):
+        monkeypatch.setattr(dmq_export.progress, seconds, math.inf)
 
 
 @pytest.fixture(scope="session")
