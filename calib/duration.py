@@ -27,7 +27,7 @@ from dmq_export.layer import LayerSpec
 
 PROBE_COLUMNS = 1200
 PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP + 1, 60)}  # of a short fit, and how many more in a longer one
-CAPTURED = 2e8  # bytes of patches that are gathered and written in a second
+CAPTURED = {"cpu": 2e8, "cuda": 1e9}  # bytes of patches that are gathered and written in a second
 TIMED, LONG = 3, 2.0
 
 
@@ -38,7 +38,7 @@ def evaluation_seconds(source: SourceModel, told: Conditioning, batch: int) -> f
 
 
 def stage_seconds(
-    evaluation: float, rows: int, recipe: Recipe, passes: int, layers: int, captured: int, fits: float
+    evaluation: float, rows: int, recipe: Recipe, passes: int, layers: int, capture: float, fits: float
 ) -> dict[str, float]:
     """By stage.
 
@@ -46,11 +46,11 @@ def stage_seconds(
         evaluation: seconds of evaluating one sample.
         rows: samples, twice with guidance.
         layers: to fit.
-        captured: bytes of their inputs.
+        capture: seconds of gathering and writing their inputs.
         fits: seconds of all layers' fits.
     """
     branches = rows // recipe.samples
-    one_pass = rows * recipe.steps * evaluation * 1.2 + captured / passes / CAPTURED
+    one_pass = rows * recipe.steps * evaluation * 1.2 + capture / passes
     further = passes - 1 + bool(recipe.sensitive_share)
     estimates = {
         "trajectories": one_pass,  # which capture the first pass's layer inputs

@@ -13,7 +13,7 @@ import torch
 from calib.capture import capture_bytes
 from calib.conditioning import conditioning_for
 from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
-from calib.duration import evaluation_seconds, fit_seconds, stage_seconds
+from calib.duration import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
 from calib.model import SourceModel
 from calib.recipe import Recipe
@@ -134,10 +134,10 @@ def make_plan(
     workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
     disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
     memory = max(bytes_held.peak(batch, workers), most_memory_held(limits.device))
-    captured = sum(capture_bytes(spec, evaluations) for spec in specs)
+    capture = sum(capture_bytes(spec, evaluations) for spec in specs) / CAPTURED[limits.device.type]
     with evaluating(limits.device):
         evaluation = evaluation_seconds(source, told, batch)
-    seconds = stage_seconds(evaluation, rows, recipe, len(passes), len(specs), captured, sum(fits) / workers)
+    seconds = stage_seconds(evaluation, rows, recipe, len(passes), len(specs), capture, sum(fits) / workers)
     return Plan(passes, batch, workers, memory, disk, seconds)
 
 

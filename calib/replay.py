@@ -1,6 +1,7 @@
 """Repeats a chain of small operations without starting each of them anew: as a CUDA graph, where there is a GPU."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,8 +33,7 @@ class Replayed:
             self._replay(inputs)
 
     def _warm_up(self, inputs: tuple[Tensor, ...]) -> None:
-        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        # gradients remember their stream, and a recording has one of its own
+        aside = _aside(self._device)  # gradients remember their stream, and a recording has one of its own
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):
             self._function(*inputs)
@@ -48,3 +48,9 @@ class Replayed:
         for own, tensor in zip(self._inputs, inputs, strict=True):
             own.copy_(tensor)
         self._graph.replay()
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all warm-ups: cuBLAS keeps a workspace of 32 MiB for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

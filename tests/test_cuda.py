@@ -79,7 +79,7 @@ def test_the_same_bytes_every_time_and_after_a_stop(tmp_path: Path, monkeypatch:
 
 def test_two_processes_on_one_gpu_end_with_the_same_bytes_as_one(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "model")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     arguments = [
         "--samples=20",
         "--steps=2",
@@ -146,7 +146,8 @@ def test_a_recorded_chain_does_what_its_calls_would() -> None:
         (alone * row).square().sum().backward()
         other.step()
     assert total.tolist() == numbers.sum(0).tolist()
-    torch.testing.assert_close(weight.cpu(), alone, rtol=1e-5, atol=1e-6)
+    # on a GPU Adam takes 1 - 0.999^t in float32, which loses some 1e-4 of it; a number that froze would cost 1e-2
+    torch.testing.assert_close(weight.cpu(), alone, rtol=1e-3, atol=1e-4)
 
 
 def test_scaling_is_fitted_as_on_the_cpu() -> None:
