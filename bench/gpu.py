@@ -83,7 +83,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     arguments += [*MODELS[name](model), f"--bits={options.bits}"]
     arguments += [f"--samples={options.samples}"] if options.samples else []
     plan = dmq_export(*arguments, f"--output={output}", "--dry-run")
-    short = [[f"--les-iters={few}", f"--round-iters={few}"] for few in FEW] if options.extrapolate else [[]]
+    learned = ["--les-iters", *(["--round-iters"] if PRESETS[options.preset].rounding == "adaround" else [])]
+    short = [[f"{option}={few}" for option in learned] for few in FEW] if options.extrapolate else [[]]
     runs = [calibrated([*arguments, *iterations], output) for iterations in short]
     result = runs[-1]
     taken = extrapolated([run["seconds"] for run in runs], options.preset) if options.extrapolate else result["seconds"]

@@ -71,11 +71,12 @@ def calibrate(
             stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, ranks)
             checkpoint = _checkpoint(stages)
             ranks.wait()  # until all have read what is about to be deleted
+            run = _run_facts(progress, plan)
             if ranks.leads:
-                save_checkpoint(checkpoint, output, run=_run_facts(progress, plan), replace_existing=fresh)
+                save_checkpoint(checkpoint, output, run=run, replace_existing=fresh)
                 shutil.rmtree(folder)
             ranks.wait()
-        progress.note("done", checkpoint=str(output), **_run_facts(progress, plan))
+        progress.note("done", checkpoint=str(output), **run)
         return checkpoint
 
 
@@ -174,8 +175,9 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def _tell_of_kernel(device: torch.device, progress: Progress) -> None:
-    if device.type == "cuda" and not _has_kernel(device):
-        progress.tell(f"rounding goes without its kernel, which takes minutes more: {why_no_kernel()}")
+    reason = why_no_kernel() if device.type == "cuda" else None
+    if reason is not None:
+        progress.tell(f"rounding goes without its kernel, which takes minutes more: {reason}")
 
 
 def _checkpoint(stages: Stages) -> Checkpoint:
