@@ -73,8 +73,8 @@ def verdict(checkpoint_folder: Path, folder: Path) -> bool:
     """Compare and time; prints tables, returns whether the numbers are right and integer layers integer."""
     from dmq_export.checkpoint import load_checkpoint
     from engines.ort import OnnxRuntimeDenoiser
-    from engines.plan import read_facts
-    from engines.tensorrt import TensorRtDenoiser
+    from engines.tensorrt.engine import TensorRtDenoiser
+    from engines.tensorrt.plan_file import read_facts
 
     probe = load_checkpoint(checkpoint_folder).probe
     portable = OnnxRuntimeDenoiser(folder / "portable.onnx")

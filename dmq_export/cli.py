@@ -30,7 +30,7 @@ from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.schedulers import SCHEDULERS
 from dmq_export.target import FloatType, Target
-from engines.plan import HardwareCompatibility
+from engines.tensorrt.plan_file import HardwareCompatibility
 
 
 class Group(click.Group):
@@ -218,8 +218,8 @@ def trt_build(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from dmq_export.commands.trt_build import build_engine
-    from engines.shapes import parse_shapes
-    from engines.trt_build import BuildSettings
+    from engines.tensorrt.build import BuildSettings
+    from engines.tensorrt.profile import parse_shapes
 
     note = partial(click.echo, err=True)
     result = build_engine(onnx, output, parse_shapes(shapes), BuildSettings(**settings), note)

@@ -88,7 +88,7 @@ class Bindings:
 def uses_of_nvidia(folder: Path) -> list[Path]:
     """The modules of ``folder`` that import TensorRT, Polygraphy or CUDA anywhere."""
     found = []
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         imported = {
             name.partition(".")[0] for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)
         }

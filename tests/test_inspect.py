@@ -17,7 +17,7 @@ from test_plan import CONTENT, FACTS
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cli import main
 from dmq_export.inspection import inspect_checkpoint, inspect_onnx
-from engines.plan import save_plan
+from engines.tensorrt.plan_file import save_plan
 
 
 def run(*arguments: object) -> Result:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.inspector import engine_layers
+from engines.tensorrt.inspector import engine_layers
 
 INT8 = "Thirty-two wide channel vectorized row major Int8 format"
 HALF = "Channel major FP16 format where channel % 8 == 0"

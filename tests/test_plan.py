@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.plan import Machine, PlanFacts, facts_path, mismatch, read_facts, read_plan, save_plan
-from engines.shapes import ShapeRange
+from engines.tensorrt.plan_file import Machine, PlanFacts, facts_path, mismatch, read_facts, read_plan, save_plan
+from engines.tensorrt.profile import ShapeRange
 
 CONTENT = b"a plan, as far as this module is concerned"
 MACHINE = Machine("10.16.1.11", "NVIDIA H200", "9.0", "Linux x86_64")

@@ -3,7 +3,7 @@
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.shapes import ShapeRange, parse_shapes, resolve_shapes
+from engines.tensorrt.profile import ShapeRange, parse_shapes, resolve_shapes
 
 INPUTS = {"sample": ("batch", 4, "height", "width"), "timestep": (), "labels": ("batch",), "table": (7, 2)}
 RANGE = ShapeRange((1, 4, 8, 8), (2, 4, 8, 16), (4, 4, 32, 32))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.shapes import ShapeRange
-from engines.tensorrt import TensorRtDenoiser, _require_inputs
+from engines.tensorrt.engine import TensorRtDenoiser, _require_inputs
+from engines.tensorrt.profile import ShapeRange
 
 
 def test_inputs_must_be_those_of_the_plan() -> None:
@@ -21,7 +21,7 @@ def test_inputs_must_be_those_of_the_plan() -> None:
 
 
 def test_without_tensorrt_the_engine_says_what_is_missing(tmp_path: Path) -> None:
-    from engines.trt_environment import missing
+    from engines.tensorrt.environment import missing
 
     if not missing():
         pytest.skip("this machine has TensorRT and a GPU")

@@ -20,18 +20,18 @@ RELEASES = {  # TensorRT, and the CUDA that comes with it
 }
 MISTAKES = [
     # file, what is there, what a slip makes of it, what the complaint must name
-    ("trt_build.py", "strongly_typed=True", "strong_typed=True", "strong_typed"),
-    ("trt_build.py", "MemoryPoolType.WORKSPACE", "MemoryPoolType.WORKSPCE", "WORKSPCE"),
-    ("trt_build.py", "LayerInformationFormat.JSON", "LayerInformationFormat.Json", "Json"),
-    ("trt_build.py", "profile.add(name, min=", "profile.add(name, low=", "low"),
-    ("trt_build.py", "save_timing_cache=cache", "timing_cache=cache", "timing_cache"),
-    ("trt_runtime.py", "engine_host_code_allowed", "engine_hostcode_allowed", "engine_hostcode_allowed"),
-    ("trt_runtime.py", "cuda_engine(content)", "cuda_engine()", "deserialize_cuda_engine"),
-    ("tensorrt.py", "execute_async_v3", "execute_async_v4", "execute_async_v4"),
-    ("tensorrt.py", "TensorIOMode.OUTPUT", "TensorIOMode.OUTPUTS", "OUTPUTS"),
-    ("tensorrt.py", "set_tensor_address(name, ", "set_tensor_address(", "set_tensor_address"),
-    ("cuda.py", "cudaMemcpyHostToDevice", "cudaMemcpyHostToDevices", "cudaMemcpyHostToDevices"),
-    ("cuda.py", "cudaGraphInstantiate(graph, 0)", "cudaGraphInstantiate(graph)", "cudaGraphInstantiate"),
+    ("tensorrt/build.py", "strongly_typed=True", "strong_typed=True", "strong_typed"),
+    ("tensorrt/build.py", "MemoryPoolType.WORKSPACE", "MemoryPoolType.WORKSPCE", "WORKSPCE"),
+    ("tensorrt/build.py", "LayerInformationFormat.JSON", "LayerInformationFormat.Json", "Json"),
+    ("tensorrt/build.py", "profile.add(name, min=", "profile.add(name, low=", "low"),
+    ("tensorrt/build.py", "save_timing_cache=cache", "timing_cache=cache", "timing_cache"),
+    ("tensorrt/runtime.py", "engine_host_code_allowed", "engine_hostcode_allowed", "engine_hostcode_allowed"),
+    ("tensorrt/runtime.py", "cuda_engine(content)", "cuda_engine()", "deserialize_cuda_engine"),
+    ("tensorrt/engine.py", "execute_async_v3", "execute_async_v4", "execute_async_v4"),
+    ("tensorrt/engine.py", "TensorIOMode.OUTPUT", "TensorIOMode.OUTPUTS", "OUTPUTS"),
+    ("tensorrt/engine.py", "set_tensor_address(name, ", "set_tensor_address(", "set_tensor_address"),
+    ("tensorrt/cuda.py", "cudaMemcpyHostToDevice", "cudaMemcpyHostToDevices", "cudaMemcpyHostToDevices"),
+    ("tensorrt/cuda.py", "cudaGraphInstantiate(graph, 0)", "cudaGraphInstantiate(graph)", "cudaGraphInstantiate"),
 ]
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def copy(tmp_path: Path) -> Path:
 
 def test_every_module_that_uses_them_is_read() -> None:
     names = {path.name for path in uses_of_nvidia(ROOT / "engines")}
-    assert {"cuda.py", "tensorrt.py", "trt_build.py", "trt_environment.py", "trt_runtime.py"} <= names
+    assert {"build.py", "cuda.py", "engine.py", "environment.py", "runtime.py"} <= names
 
 
 def test_every_name_and_argument_exists(bindings: Bindings) -> None:

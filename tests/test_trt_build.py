@@ -15,8 +15,8 @@ from dmq_export.cli import main
 from dmq_export.commands.trt_build import integer_nodes, read_source
 from dmq_export.errors import DmqError
 from engines import trt_build, trt_environment
-from engines.plan import read_plan
-from engines.shapes import ShapeRange, parse_shapes
+from engines.tensorrt.plan_file import read_plan
+from engines.tensorrt.profile import ShapeRange, parse_shapes
 
 PLAN = b"what TensorRT would have built"
 KERNELS = [layer("layer3/Conv", "CaskConvolution", INT8, HALF), layer("layer0/QuantizeLinear", "Scale", HALF, INT8)]

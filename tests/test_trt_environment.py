@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dmq_export.errors import DmqError
-from engines import trt_environment
-from engines.trt_environment import missing, require_tensorrt
+from engines.tensorrt import environment as trt_environment
+from engines.tensorrt.environment import missing, require_tensorrt
 
 INSTALLED = {"tensorrt": "10.16.1.11", "polygraphy": "0.53.6", "cuda-bindings": "13.5.0"}
 

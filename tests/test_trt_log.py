@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines.trt_log import explain, layers_in, node_names
+from engines.tensorrt.log import explain, layers_in, node_names
 
 LAYERS = ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0", "mid_block.attentions.0.to_q", "conv_out")
 NO_KERNEL = """\

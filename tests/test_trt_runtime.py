@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from engines.trt_runtime import captured_log
+from engines.tensorrt.runtime import captured_log
 
 logger = pytest.importorskip("polygraphy.logger", reason="polygraphy is not installed").G_LOGGER
 

@@ -15,8 +15,8 @@ from unittest import mock
 import tensorrt as trt
 
 from dmq_export.errors import DmqError
-from engines.shapes import ShapeRange
-from engines.trt_build import BuildSettings, Source, _engine_bytes, builder_config
+from engines.tensorrt.build import BuildSettings, Source, _engine_bytes, builder_config
+from engines.tensorrt.profile import ShapeRange
 
 FLAGS = ("REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE")  # found by value: some releases name STRIP_PLAN otherwise
 PARSER_ERROR = (

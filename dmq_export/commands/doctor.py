@@ -106,7 +106,7 @@ def _calibrate_cuda() -> Finding:
 
 def _tensorrt() -> Iterator[Finding]:
     """Building plans, and running them, which needs the same."""
-    from engines.trt_environment import INSTALL, missing
+    from engines.tensorrt.environment import INSTALL, missing
 
     problems = missing()
     detail = "; ".join(problems) or f"tensorrt {_version('tensorrt')}"

@@ -167,7 +167,7 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVi
 def _open_plan(path: Path, execution: Execution) -> Engine:
     _require_able(path, execution, ("tensorrt",))
     _require_provider(path, execution, "tensorrt")
-    from engines.tensorrt import TensorRtDenoiser
+    from engines.tensorrt.engine import TensorRtDenoiser
 
     denoiser = TensorRtDenoiser(path)
     if denoiser.facts.facts is None:

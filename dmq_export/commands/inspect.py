@@ -13,7 +13,7 @@ from dmq_export.memory import in_words
 from dmq_export.table import table
 
 if TYPE_CHECKING:
-    from engines.plan import PlanFacts
+    from engines.tensorrt.plan_file import PlanFacts
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def inspect(path: Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
 
 
 def _inspect_plan(path: Path) -> PlanSummary:
-    from engines.plan import read_facts
+    from engines.tensorrt.plan_file import read_facts
 
     facts = read_facts(path)
     content = path.read_bytes()

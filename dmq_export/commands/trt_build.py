@@ -17,10 +17,10 @@ from dmq_export.onnx_file import external_files, facts_of, input_sizes, load_onn
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.inspector import EngineLayers
-    from engines.plan import PlanFacts
-    from engines.shapes import ShapeRange
-    from engines.trt_build import BuildSettings, Source
+    from engines.tensorrt.build import BuildSettings, Source
+    from engines.tensorrt.inspector import EngineLayers
+    from engines.tensorrt.plan_file import PlanFacts
+    from engines.tensorrt.profile import ShapeRange
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def build_engine(
         CheckFailedError: the linter finds errors.
         DmqError: bad input, TensorRT or a GPU is missing, or TensorRT refuses.
     """
-    from engines.plan import facts_path, save_plan
-    from engines.trt_build import build_plan
-    from engines.trt_environment import require_tensorrt
+    from engines.tensorrt.build import build_plan
+    from engines.tensorrt.environment import require_tensorrt
+    from engines.tensorrt.plan_file import facts_path, save_plan
 
     if output.suffix != ".plan":
         raise DmqError(f"{output} must end in .plan, as sample expects")
@@ -87,8 +87,8 @@ def read_source(onnx: Path, shapes: dict[str, ShapeRange], note: Callable[[str],
         CheckFailedError: the linter finds errors.
         DmqError: the file is no ONNX file, or an input's size stays open.
     """
-    from engines.shapes import resolve_shapes
-    from engines.trt_build import Source
+    from engines.tensorrt.build import Source
+    from engines.tensorrt.profile import resolve_shapes
 
     model = load_onnx(onnx)
     findings = lint_model(model)

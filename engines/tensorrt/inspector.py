@@ -15,7 +15,7 @@ from typing import Any
 
 from dmq_export.errors import DmqError
 from dmq_export.table import table
-from engines.trt_log import node_names
+from engines.tensorrt.log import node_names
 
 TYPES = (  # in the order in which they are looked for, because "float16" is in "bfloat16"
     ("int8", r"(?<!u)int8\b|\bi8\b"),

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from dmq_export.errors import DmqError
 from dmq_export.files import sha256
-from engines.cuda import Buffer, Stream
 from engines.inputs import Input
 from engines.pieces import in_pieces
-from engines.plan import PlanFacts, read_plan
-from engines.shapes import ShapeRange
-from engines.trt_environment import require_tensorrt
-from engines.trt_runtime import deserialize
+from engines.tensorrt.cuda import Buffer, Stream
+from engines.tensorrt.environment import require_tensorrt
+from engines.tensorrt.plan_file import PlanFacts, read_plan
+from engines.tensorrt.profile import ShapeRange
+from engines.tensorrt.runtime import deserialize
 
 if TYPE_CHECKING:
     import tensorrt as trt

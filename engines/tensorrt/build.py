@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from dmq_export import __version__
 from dmq_export.errors import DmqError
 from dmq_export.files import sha256
-from engines.inspector import EngineLayers, engine_layers
-from engines.plan import HardwareCompatibility, Machine, PlanFacts
-from engines.shapes import ShapeRange
-from engines.trt_log import explain
-from engines.trt_runtime import captured_log, deserialize
+from engines.tensorrt.inspector import EngineLayers, engine_layers
+from engines.tensorrt.log import explain
+from engines.tensorrt.plan_file import HardwareCompatibility, Machine, PlanFacts
+from engines.tensorrt.profile import ShapeRange
+from engines.tensorrt.runtime import captured_log, deserialize
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from dmq_export.errors import DmqError
 from dmq_export.extras import install
-from engines.plan import Machine, this_platform
+from engines.tensorrt.plan_file import Machine, this_platform
 
 INSTALL = install("tensorrt")
 # distribution, the module it brings, the oldest version
@@ -33,7 +33,7 @@ def require_tensorrt() -> Machine:
         raise DmqError(f"TensorRT cannot work here: {'; '.join(problems)}")
     import tensorrt as trt
 
-    from engines.cuda import gpu
+    from engines.tensorrt.cuda import gpu
 
     name, capability = gpu()
     return Machine(trt.__version__, name, capability, this_platform())
@@ -70,7 +70,7 @@ def _gpu_problem() -> str | None:
     except OSError:
         return "no NVIDIA driver (libcuda.so.1): use a machine with an NVIDIA GPU and its driver"
     try:
-        from engines.cuda import gpu
+        from engines.tensorrt.cuda import gpu
 
         gpu()
     except ImportError:

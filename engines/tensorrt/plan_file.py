@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from dmq_export.errors import DmqError
 from dmq_export.files import atomic_files, read_json
-from engines.shapes import ShapeRange
+from engines.tensorrt.profile import ShapeRange
 
 SCHEMA = 1
 HardwareCompatibility = Literal["none", "same-compute-capability", "ampere-plus"]
@@ -53,7 +53,7 @@ class PlanFacts:
         onnx_sha256: of the ONNX file, and of its external data where there is some, by name.
         shapes: range of every input.
         settings: the builder's other settings.
-        layers: counts of the engine's layers by type, see :mod:`engines.inspector`.
+        layers: counts of the engine's layers by type, see :mod:`engines.tensorrt.inspector`.
         facts: what the ONNX file says of the model; None for files of other tools.
         versions: of the tool and its libraries.
     """

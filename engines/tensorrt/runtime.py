@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dmq_export.errors import DmqError
-from engines.trt_log import explain
+from engines.tensorrt.log import explain
 
 if TYPE_CHECKING:
     import tensorrt as trt

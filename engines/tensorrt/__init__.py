@@ -1,0 +1,1 @@
+"""TensorRT: from an ONNX file to an engine, what the compiler made of it, and running it."""
