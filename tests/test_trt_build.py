@@ -14,7 +14,8 @@ from test_plan import MACHINE
 from dmq_export.cli import main
 from dmq_export.commands.trt_build import integer_nodes, read_source
 from dmq_export.errors import DmqError
-from engines import trt_build, trt_environment
+from engines.tensorrt import build as trt_build
+from engines.tensorrt import environment as trt_environment
 from engines.tensorrt.plan_file import read_plan
 from engines.tensorrt.profile import ShapeRange, parse_shapes
 
