@@ -12,7 +12,8 @@ EXTRAS = {  # library -> the extra of pyproject.toml that brings it
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "polygraphy": "tensorrt-rtx",
     "cuda": "tensorrt",
 }
 

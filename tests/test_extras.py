@@ -59,7 +59,7 @@ def brought(extra: str) -> set[str]:
 
 @pytest.mark.parametrize("library", EXTRAS)
 def test_every_extra_brings_its_library(library: str) -> None:
-    distributions = {"cuda": "cuda-bindings", "onnxruntime": "onnxruntime-gpu"}
+    distributions = {"cuda": "cuda-bindings", "onnxruntime": "onnxruntime-gpu", "tensorrt_rtx": "tensorrt-rtx"}
     assert distributions.get(library, library) in brought(EXTRAS[library])
 
 
