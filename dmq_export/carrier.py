@@ -1,7 +1,9 @@
 """The int8 carrier of a part's weights: ``(q_w - z_w) << (K - k_c)``, an int8 weight with a scale per output channel.
 
 Section 1 of ``docs/arithmetic.md``: with ``K = max_c k_c`` the power-of-two steps of the activations move into the
-weights, and the scale becomes ``s_w * 2^-K``.
+weights, and the scale becomes ``s_w * 2^-K``. TensorRT's compiler leaves the raw sum of a matrix product in float16
+where a weight has a scale per output channel, and there the sum of some products overflows. Its graph therefore gets
+one scale per weight, a power of two ``S``, and ``s_w * 2^-K / S`` as a Mul behind the product.
 """
 
 from dataclasses import dataclass
@@ -9,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.encoding import collapsed
 from dmq_export.errors import ExportError
-from dmq_export.half import held
+from dmq_export.half import SMALLEST_NORMAL, held
 from dmq_export.layer import Float, LayerSpec, QuantizedLayer
-from dmq_export.target import FloatType
+from dmq_export.target import FloatType, Target
 
 LARGEST = 127  # TensorRT's int8 kernels and oneDNN's both take -127..127
 
@@ -23,21 +26,23 @@ class Carrier:
 
     Attributes:
         codes: ``[O, C_p / groups, *kernel]``.
-        scale: ``[O]``; ``scale * codes`` is the weight that meets ``x / tau * 2^k``. A row of zeros has scale 1, so
-            that a dead channel's tiny scale cannot vanish in float16.
+        scale: of the weight's DequantizeLinear, one number ``[]`` or ``[O]``.
+        gain: ``[O]``, or ``[1]`` where the channels agree; ``gain * scale * codes`` is the weight that meets
+            ``x / tau * 2^k``, and ``gain`` is multiplied behind the product.
     """
 
     codes: NDArray[np.int8]
     scale: Float
+    gain: Float
 
     def sums(self) -> NDArray[np.float64]:
-        """``[O]``, the sum of each output's weights."""
+        """``[O]``, the sum of each output's weights before the gain."""
         totals = self.codes.reshape(len(self.codes), -1).sum(1, dtype=np.int64)
         return np.asarray(totals * self.scale.astype(np.float64))
 
 
-def part_carrier(layer: QuantizedLayer, part: int, dtype: FloatType = "float32") -> Carrier:
-    """The carrier of ``layer``'s ``part``, its scale as a graph of ``dtype`` holds it.
+def part_carrier(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType = "float32") -> Carrier:
+    """The carrier of ``layer``'s ``part`` for ``target``, its scales as a graph of ``dtype`` holds them.
 
     Raises:
         ExportError: ``(2^nw - 1) * 2^(K - k)`` can exceed 127; the layer is named.
@@ -52,9 +57,21 @@ def part_carrier(layer: QuantizedLayer, part: int, dtype: FloatType = "float32")
         broadcast
     )
     codes = (centred * _columns(spec, np.left_shift(1, lift.astype(np.int16)), centred.ndim)).astype(np.int8)
-    scale = np.ldexp(layer.weight_scale[part], -int(layer.shift[channels].max())).astype(np.float32)
+    scale = np.ldexp(layer.weight_scale[part].astype(np.float64), -int(layer.shift[channels].max()))
     dead = ~codes.reshape(len(codes), -1).any(1)
-    return Carrier(np.ascontiguousarray(codes), held(np.where(dead, np.float32(1), scale), dtype))
+    scale[dead] = common = _common(scale[~dead])  # their own may be so small that float16 loses it
+    codes = np.ascontiguousarray(codes)
+    if target == "tensorrt":
+        return Carrier(codes, held(common, dtype), collapsed(held(scale / common, dtype)))
+    return Carrier(codes, held(scale, dtype), np.ones(1, np.float32))
+
+
+def _common(scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The power of two at or above all of ``scales`` that float16 holds as a normal number, ``[]``.
+
+    A power of two rounds nothing: what float16 takes from a scale it takes from its quotient.
+    """
+    return np.asarray(np.exp2(np.ceil(np.log2(scales.max(initial=SMALLEST_NORMAL)))))
 
 
 def _require_int8(spec: LayerSpec, lift: int) -> None:

@@ -1,10 +1,11 @@
 """What the shifts of a layer's codes add to its products, and where that is taken out again.
 
-A part rounded ``shift_t`` steps off gives ``gain_t * (op(x^, w) + s * shift_t * sum(w))`` (:mod:`dmq_export.encoding`).
-The second term is often several times the first, so whatever rounds the sum of both loses as many times more of the
-first than it should: in float16 that is seen. A convolution adds its bias before it rounds. It therefore takes out the
-middle of the term's range over the steps; only what varies around that, and what rounding took from that constant
-itself, is left to the addition behind the gain.
+A part rounded ``shift_t`` steps off gives ``gain_t * (op(x^, w) + s * shift_t * sum(w))``, where ``gain_t [O]`` is the
+gain of its codes (:mod:`dmq_export.encoding`) times that of its weights (:mod:`dmq_export.carrier`). The second term is
+often several times the first, so whatever rounds the sum of both loses as many times more of the first than it should:
+in float16 that is seen. A convolution adds its bias before it rounds. It therefore takes out the middle of the term's
+range over the steps; only what varies around that, and what rounding took from that constant itself, is left to the
+addition behind the gain.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Correction:
     """Two additions; ``O`` outputs, ``T`` steps (1 where nothing varies).
 
     Attributes:
-        inner: by part, added to its product before the gain, ``[O]``; None for nothing.
+        inner: by part, added to its product before the gains, ``[O]``; None for nothing.
         outer: added to the sum of the parts, ``[T, O]``; None for nothing.
         added: largest magnitude of what the shifts add to the sum, ``[T]``.
         left: largest magnitude of what ``outer`` takes out because of them, ``[T]``.
@@ -46,7 +47,10 @@ def correction(
         encodings: of the parts, with the numbers that a graph of ``dtype`` holds, as the ``carriers``.
     """
     terms = [_term(encoding, carrier) for encoding, carrier in zip(encodings, carriers, strict=True)]
-    gains = [encoding.gain.astype(np.float64)[:, None] for encoding in encodings]
+    gains = [
+        encoding.gain.astype(np.float64)[:, None] * carrier.gain
+        for encoding, carrier in zip(encodings, carriers, strict=True)
+    ]
     total = _sum(gains, terms)
     bias = np.zeros(layer.spec.out_channels) if layer.bias is None else layer.bias.astype(np.float64)
     inner = [np.zeros_like(bias) for _ in terms]
@@ -73,5 +77,5 @@ def _sum(gains: Sequence[NDArray[np.float64]], values: Sequence[NDArray[np.float
 
 
 def _term(encoding: Encoding, carrier: Carrier) -> NDArray[np.float64]:
-    """``s * shift_t * sum(w)``, ``[T, O]``."""
+    """``s * shift_t * sum(w)`` before the gains, ``[T, O]``."""
     return float(encoding.scale) * encoding.shift[:, None] * carrier.sums()

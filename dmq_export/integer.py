@@ -2,13 +2,15 @@
 
 A layer becomes, without what does not apply to it::
 
-    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q(s, z) - DQ(s, z) -- Conv - Mul(gain) - Add(bias)
-                                                      W (INT8) - DQ(s_w * 2^-K) -/ product_bias -/
+    x - Mul(ratio) - Mul(factor) - Pad - Add(shift) - Clip - Q - DQ -- Conv - Mul(rest) - Mul(gain) - Add
+                                              W (INT8) - DQ(S) -/ product_bias -/
 
-``Mul(factor)`` is there where the LES and PTS factors could not be folded; ``Mul(ratio)``, ``Mul(gain)`` and an ``Add``
-of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)`` where 8-bit codes are asymmetric and the
-kernel's zero point is fixed, and then ``product_bias`` takes most of the shift out again; ``Clip`` where the codes take
-fewer than 8 bits. The parts of a split layer are quantized apart and their products added. See ``docs/lowerings.md``.
+``S`` is the scale per output channel for OpenVINO; for TensorRT it is one power of two, and ``Mul(rest)`` is what the
+scale of each channel is of it. ``Mul(factor)`` is there where the LES and PTS factors could not be folded;
+``Mul(ratio)``, ``Mul(gain)`` and an ``Add`` of the bias where the scale has a row per step; ``Pad`` and ``Add(shift)``
+where 8-bit codes are asymmetric and the kernel's zero point is fixed, and then ``product_bias`` takes most of the shift
+out again; ``Clip`` where the codes take fewer than 8 bits. The parts of a split layer are quantized apart and their
+products added. See ``docs/lowerings.md``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def lower_integer(target: Target, dtype: FloatType = "float32") -> LowerLayer:
         builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, tables: StepTables
     ) -> tuple[ir.Value, LayerForm]:
         parts = range(len(layer.spec.parts))
-        carriers = [part_carrier(layer, part, dtype) for part in parts]
+        carriers = [part_carrier(layer, part, target, dtype) for part in parts]
         encodings = [part_encoding(layer, part, target, dtype) for part in parts]
         bias = correction(layer, encodings, carriers, dtype)
         form = _form(layer, encodings, bias)
@@ -134,21 +136,30 @@ def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.
 
 def _product(steps: _Steps, form: LayerForm, part: _Part, x: ir.Value) -> ir.Value:
     """One part's operator on its rounded input, in the units of the layer's output."""
-    builder, spec, suffix, gain = steps.builder, form.spec, part.suffix, part.encoding.gain
+    builder, spec, suffix = steps.builder, form.spec, part.suffix
     rounded = _rounded(steps, form, suffix, x, part.encoding)
     linear = spec.kind == "linear"
     codes = builder.constant(f"weight_codes{suffix}", part.carrier.codes.T if linear else part.carrier.codes)
     scale = builder.constant(f"weight_scale{suffix}", part.carrier.scale)
-    weight = builder.op("DequantizeLinear", [codes, scale], {"axis": int(linear)}, name=f"weight{suffix}")
+    axis = {"axis": int(linear)} if part.carrier.scale.ndim else {}
+    weight = builder.op("DequantizeLinear", [codes, scale], axis, name=f"weight{suffix}")
     if linear:
         product = builder.op("MatMul", [rounded, weight], name=f"product{suffix}")
     else:
         padding = (0,) * len(spec.padding) if form.padding else spec.padding
         bias = [] if part.bias is None else [builder.constant(f"product_bias{suffix}", part.bias)]
         product = builder.op("Conv", [rounded, weight, *bias], conv_attributes(spec, padding), name=f"product{suffix}")
-    if (gain == 1).all():
-        return product
-    return builder.op("Mul", [product, steps.value(f"gain{suffix}", gain)], name=f"gained{suffix}")
+    return _gained(steps, part, product)
+
+
+def _gained(steps: _Steps, part: _Part, product: ir.Value) -> ir.Value:
+    """The product times the gain of its weights, by output channel, and that of its codes, by step."""
+    gains = {"rescaled": ("rest", part.carrier.gain[None]), "gained": ("gain", part.encoding.gain)}
+    for node, (name, gain) in gains.items():
+        if (gain != 1).any():
+            factor = steps.value(f"{name}{part.suffix}", gain)
+            product = steps.builder.op("Mul", [product, factor], name=f"{node}{part.suffix}")
+    return product
 
 
 def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:

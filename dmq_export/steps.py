@@ -37,9 +37,11 @@ class StepTables:
         if self._row is None:
             build = self.builder
             timestep = next(value for value in build.graph.inputs if value.name == "timestep")
-            difference = build.op("Sub", [build.constant("timesteps", self.timesteps), timestep], name="difference")
+            timesteps = build.constant("timesteps", self.timesteps[None])  # TensorRT's ArgMin takes two dimensions
+            difference = build.op("Sub", [timesteps, timestep], name="difference")
             distance = build.op("Abs", [difference], name="distance")
-            self._row = build.op("ArgMin", [distance], {"axis": 0, "keepdims": 0}, name="row")
+            rows = build.op("ArgMin", [distance], {"axis": 1, "keepdims": 0}, name="rows")
+            self._row = build.op("Squeeze", [rows, build.constant("row_axis", np.zeros(1, np.int64))], name="row")
             self._row.type = ir.TensorType(ir.DataType.INT64)
         return self._row
 

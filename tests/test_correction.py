@@ -22,18 +22,25 @@ TARGETS = ("tensorrt", "openvino")
 def corrected(layer: QuantizedLayer, target: Target, dtype: FloatType) -> tuple[list[Encoding], Correction]:
     parts = range(len(layer.spec.parts))
     encodings = [part_encoding(layer, part, target, dtype) for part in parts]
-    carriers = [part_carrier(layer, part, dtype) for part in parts]
+    carriers = [part_carrier(layer, part, target, dtype) for part in parts]
     return encodings, correction(layer, encodings, carriers, dtype)
 
 
-def weight_sums(layer: QuantizedLayer, part: int, dtype: FloatType) -> np.ndarray:
+def gains(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType) -> np.ndarray:
+    """``[O]``: what is multiplied behind a part's product."""
+    return np.broadcast_to(part_carrier(layer, part, target, dtype).gain, layer.spec.out_channels).astype(np.float64)
+
+
+def weight_sums(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType) -> np.ndarray:
     """``[O]``: the sum of a part's weights that meet the unshifted input, their scale as ``dtype`` holds it."""
     shift = layer.shift[layer.spec.part_slices()[part]].astype(int)
     columns = layer.spec.part_slices()[part] if len(layer.spec.parts) > 1 else slice(None)
     weight = dequantize_weight(layer)[:, columns]
     sums = (weight * 2.0 ** -shift_of_columns(layer.spec, shift, weight.ndim)).reshape(len(weight), -1).sum(1)
-    scale = np.ldexp(layer.weight_scale[part], -shift.max())
-    return sums * (scale.astype(dtype).astype(np.float64) / scale)
+    scale = np.ldexp(layer.weight_scale[part].astype(np.float64), -shift.max())
+    common = 2.0 ** np.ceil(np.log2(scale.max())) if target == "tensorrt" else 1.0
+    held = (scale / common).astype(np.float32).astype(dtype).astype(np.float64)
+    return sums * (held * common / scale)
 
 
 @settings(max_examples=100, deadline=None)
@@ -48,9 +55,9 @@ def test_a_layer_of_zeros_gives_its_bias(
         total, size = np.zeros(spec.out_channels), 1.0
         for part, encoding in enumerate(encodings):
             gain, shift = (float(table[min(row, len(table) - 1)]) for table in (encoding.gain, encoding.shift))
-            added = float(encoding.scale) * shift * weight_sums(layer, part, dtype)
+            added = float(encoding.scale) * shift * weight_sums(layer, part, target, dtype)
             inner = result.inner[part]
-            total += gain * (added + (0 if inner is None else inner))
+            total += gain * (added + (0 if inner is None else inner * gains(layer, part, target, dtype)))
             size += np.abs(added).max()
         if result.outer is not None:
             total += result.outer[min(row, len(result.outer) - 1)]
@@ -63,7 +70,7 @@ def test_a_convolution_leaves_only_what_varies_to_the_outer_addition(dtype: Floa
     layer.scale[:] = 0.5
     layer.zero_point[:, 0] = 20, 30, 24
     _, result = corrected(layer, "tensorrt", dtype)
-    sums = 0.5 * np.abs(weight_sums(layer, 0, dtype)).max()
+    sums = 0.5 * np.abs(weight_sums(layer, 0, "tensorrt", dtype)).max()
     rounding = 0 if dtype == "float32" else 103 * sums * 2.0**-11
     assert result.added == pytest.approx([108 * sums, 98 * sums, 104 * sums])
     assert result.left == pytest.approx([5 * sums, 5 * sums, sums], abs=1e-5 * sums + rounding)
@@ -80,9 +87,18 @@ def test_a_matrix_product_leaves_all_of_it() -> None:
     [("float32", "asymmetric", False), ("float16", "asymmetric", True), ("float16", "symmetric", False)],
 )
 def test_a_static_convolution_adds_once_where_its_bias_holds_it_all(dtype: FloatType, scheme: str, outer: bool) -> None:
-    _, result = corrected(random_layer(conv2d(scheme=scheme)), "tensorrt", dtype)
+    layer = random_layer(conv2d(scheme=scheme))
+    layer.weight_scale[:] = 0.5  # nothing is multiplied behind it
+    _, result = corrected(layer, "tensorrt", dtype)
     assert result.inner[0] is not None
     assert (result.outer is not None) is outer
+
+
+def test_a_bias_is_added_behind_the_gain_of_the_weights() -> None:
+    layer = random_layer(conv2d(scheme="symmetric"))
+    _, result = corrected(layer, "tensorrt", "float32")
+    assert result.inner == (None,)
+    np.testing.assert_array_equal(result.outer, layer.bias[None])
 
 
 def test_a_bias_that_no_step_changes_is_one_row() -> None:
@@ -102,8 +118,8 @@ def test_nothing_is_added_to_a_layer_without_bias_and_shift() -> None:
 def test_every_number_inside_the_operator_is_one_that_the_graph_holds(dtype: FloatType) -> None:
     layer = random_layer(conv2d(parts=(4, 3), kernel=(1, 1), padding=(0, 0)), steps=3)
     encodings, result = corrected(layer, "tensorrt", dtype)
-    carriers = [part_carrier(layer, part, dtype) for part in range(2)]
-    inside = [*result.inner, *(carrier.scale for carrier in carriers)]
+    carriers = [part_carrier(layer, part, "tensorrt", dtype) for part in range(2)]
+    inside = [*result.inner, *(carrier.scale for carrier in carriers), *(carrier.gain for carrier in carriers)]
     inside += [number for each in encodings for number in (each.scale, each.gain, each.ratio, each.factor)]
     for values in inside:
         np.testing.assert_array_equal(values, np.asarray(values).astype(dtype))

@@ -46,7 +46,7 @@ def test_scales_are_float16_and_so_is_what_they_scale(graph: ir.Graph) -> None:
 
 def lowered(scale: float) -> ir.Model:
     layer = random_layer(conv2d(name="a.conv"))
-    layer = replace(layer, weight_scale=np.full_like(layer.weight_scale, scale))
+    layer = replace(layer, scale=np.full_like(layer.scale, scale))
     model = marked_model(layer.spec, random_input(layer.spec))
     lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt"))
     return model
@@ -55,7 +55,7 @@ def lowered(scale: float) -> ir.Model:
 def test_a_scale_that_float16_cannot_hold_is_refused_by_name() -> None:
     to_float16(lowered(1e-3))
     with pytest.raises(ExportError, match=r"^layer a\.conv: a scale of .* below float16's smallest normal"):
-        to_float16(lowered(1e-4))  # divided by 2^3
+        to_float16(lowered(1e-5))
 
 
 def test_a_constant_beyond_float16_is_refused_by_name() -> None:
