@@ -59,6 +59,8 @@ class LayerCheck:
         """What is wrong, or None."""
         if self.wrong_codes:
             return f"layer {self.name}: {self.wrong_codes} activation codes differ from the reference"
+        if self.output_error == float("inf"):
+            return f"layer {self.name}: its output is not finite: a sum overflows"
         allowed = f"(allowed {self.tolerance:.0e})"
         if self.output_error > self.tolerance:
             return f"layer {self.name}: output differs by {self.output_error:.1e} {allowed}"

@@ -132,9 +132,12 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
 def _executors(graph: ExportedGraph, runtimes: list[str]) -> list[Executor]:
     from dmq_export.cut import cut_graph
     from dmq_export.export import loadable
+    from dmq_export.half_sums import keep_half_sums
 
     cut = graph.model.clone()
     cut_graph(cut, graph.forms)
+    if graph.dtype == "float16":
+        keep_half_sums(cut)
     with loadable(graph.model) as whole, loadable(cut) as pieces:
         return [Executor(runtime, _session(runtime)(whole), _session(runtime)(pieces)) for runtime in runtimes]
 
