@@ -30,7 +30,6 @@ from calib.denoiser import reference_denoiser
 from calib.les import LesResult, LesSettings, fit_les
 from calib.model import SourceModel, load_model
 from calib.plan import Limits
-from calib.recipe import Recipe, recipe_from
 from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
@@ -40,6 +39,7 @@ from dmq_export.commands.engine import Engine, float_engine
 from dmq_export.facts import facts_from_json, model_facts
 from dmq_export.layer import LayerSpec
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe, recipe_from
 from dmq_export.table import table
 from engines.images import psnr
 

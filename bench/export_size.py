@@ -87,10 +87,10 @@ def make(size: Size, folder: Path) -> dict[str, int]:
 
     from calib.families import example_conditioning
     from calib.model import SourceModel
-    from calib.recipe import recipe_from
     from calib.survey import survey
     from dmq_export.bits import Bits
     from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, save_checkpoint
+    from dmq_export.recipe import recipe_from
 
     with torch.device("meta"):  # neither memory nor arithmetic: shapes are all that is needed
         network = getattr(diffusers, size.class_name)(**size.config).eval()

@@ -23,7 +23,7 @@ from typing import Any
 
 from random_unet import LDM_4, SD_1, save_prompts, save_text_unet, save_unet
 
-from calib.recipe import PRESETS, Preset
+from dmq_export.recipe import PRESETS, Preset
 from dmq_export.table import table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -42,7 +42,6 @@ from calib.conditioning import conditioning_for
 from calib.metrics import prediction_sqnr
 from calib.model import SourceModel, load_model, predict
 from calib.plan import Limits
-from calib.recipe import Recipe, recipe_from
 from calib.reference import load_reference
 from calib.survey import survey
 from calib.trajectories import SamplerSettings, Trajectories, record_trajectories
@@ -50,6 +49,7 @@ from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.noise import initial_noise
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe, recipe_from
 from dmq_export.sampling import sample
 from dmq_export.schedulers import build_scheduler
 from dmq_export.seeds import stream_seed

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.model import SourceModel
-from calib.recipe import Recipe
 from calib.trajectories import Trajectories
+from dmq_export.recipe import Recipe
 
 SAME_MAPPING = 1e-4  # of the prediction: the two networks add in another order
 

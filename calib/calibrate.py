@@ -18,7 +18,6 @@ from calib.device import device_name, reproducible
 from calib.model import SourceModel, load_model
 from calib.plan import Limits, Plan, make_plan
 from calib.ranks import Ranks, torchrun_ranks
-from calib.recipe import Recipe
 from calib.stages import Stages
 from calib.successive import why_no_kernel
 from calib.survey import Survey, survey
@@ -29,6 +28,7 @@ from dmq_export.errors import ModelError
 from dmq_export.memory import peak_memory, peaks
 from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe
 from dmq_export.schedulers import build_scheduler, step_options
 
 BATCH = "samples per evaluation"  # in the fingerprint: kernels add in another order for another batch

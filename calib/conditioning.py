@@ -3,9 +3,9 @@
 import torch
 
 from calib.model import SourceModel
-from calib.recipe import Recipe
 from calib.trajectories import Conditioning
 from dmq_export.conditioning import Asked, told
+from dmq_export.recipe import Recipe
 
 
 def conditioning_for(source: SourceModel, recipe: Recipe, count: int) -> Conditioning:

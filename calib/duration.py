@@ -15,7 +15,6 @@ from calib.footprint import evaluate_zeros
 from calib.gptq import SWEEPS
 from calib.les import OUTPUTS
 from calib.model import SourceModel
-from calib.recipe import Recipe
 from calib.replay import WARM_UP
 from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.sensitivity import SAMPLES, STEPS
@@ -24,6 +23,7 @@ from calib.weight_grid import CANDIDATES, NEAR
 from calib.weight_grid import LOOKED_AT as GRID
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
+from dmq_export.recipe import Recipe
 
 PROBE_COLUMNS = 1200
 PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP + 1, 60)}  # of a short fit, and how many more in a longer one

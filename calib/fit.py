@@ -15,11 +15,11 @@ from calib.layer_op import product, scaled_weight, weight_matrix
 from calib.les import LesResult, LesSettings, fit_les
 from calib.metrics import decibels
 from calib.ranges import activation_range, clip_range, quantized_patches
-from calib.recipe import Recipe
 from calib.rounding import dequantized_weight, learned_gain, round_weight
 from calib.weight_grid import grid_qparams, minmax_qparams
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.recipe import Recipe
 from dmq_export.seeds import stream_seed
 
 LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at,

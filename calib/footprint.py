@@ -18,12 +18,12 @@ from calib.fit import LOOKED_AT
 from calib.hooks import hooked
 from calib.les import OUTPUTS
 from calib.model import SourceModel, predict
-from calib.recipe import Recipe
 from calib.rounding import CHUNK
 from calib.row_writer import MOST_WAITING
 from calib.survey import Survey
 from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
+from dmq_export.recipe import Recipe
 
 FLOAT = 4
 WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch

@@ -16,12 +16,12 @@ from calib.device import evaluating, memory_for_us, most_memory_held, processes_
 from calib.duration import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
 from calib.model import SourceModel
-from calib.recipe import Recipe
 from calib.survey import Survey
 from calib.work import WorkFolder
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import in_words
+from dmq_export.recipe import Recipe
 from dmq_export.table import table
 
 BATCHES = (16, 8, 4, 2, 1)

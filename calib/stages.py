@@ -25,7 +25,6 @@ from calib.model import SourceModel
 from calib.plan import Family, Plan
 from calib.pts import count_votes, decide
 from calib.ranks import Ranks
-from calib.recipe import Recipe
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.survey import Survey
 from calib.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
@@ -34,6 +33,7 @@ from calib.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.progress import Advance, Progress
+from dmq_export.recipe import Recipe
 from dmq_export.seeds import stream_seed
 
 Recording = AbstractContextManager[Mapping[str, Visit]]

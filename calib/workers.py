@@ -18,9 +18,9 @@ import torch
 
 from calib.capture import Captures, LayerInputs
 from calib.fit import FloatLayer, equivalent_scaling, fit_layer
-from calib.recipe import Recipe
 from calib.work import WorkFolder
 from dmq_export.errors import DmqError
+from dmq_export.recipe import Recipe
 
 WATCH_SECONDS = 1.0
 

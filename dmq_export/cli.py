@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from calib.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export import __version__
 from dmq_export.commands.options import (
     FOLDER,
@@ -28,6 +27,7 @@ from dmq_export.commands.options import (
 from dmq_export.errors import DmqError, StoppedError
 from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
+from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export.schedulers import SCHEDULERS
 from dmq_export.target import FloatType, Target
 from engines.tensorrt.plan_file import HardwareCompatibility

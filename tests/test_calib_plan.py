@@ -23,13 +23,13 @@ from calib.conditioning import conditioning_for
 from calib.footprint import Footprint, activation_bytes, fit_bytes, footprint
 from calib.model import SourceModel, load_model
 from calib.plan import Limits, make_plan, split_passes
-from calib.recipe import Recipe
 from calib.survey import survey
 from calib.trajectories import Conditioning
 from calib.work import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -21,13 +21,13 @@ from calib.calibrate import calibrate
 from calib.conditioning import conditioning_for
 from calib.model import load_model
 from calib.plan import Limits
-from calib.recipe import Recipe
 from calib.reference import quantized
 from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe
 
 RECIPE = replace(TINY_RECIPE, steps=2)
 CPU = Limits(torch.device("cpu"))

@@ -29,7 +29,6 @@ from calib.fake_quant import QParams
 from calib.gptq import gptq_codes
 from calib.les import LesSettings, fit_les
 from calib.plan import Limits
-from calib.recipe import Recipe, recipe_from
 from calib.replay import Replayed
 from calib.stages import Stages
 from dmq_export.bits import Bits
@@ -37,6 +36,7 @@ from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
+from dmq_export.recipe import Recipe, recipe_from
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,8 +13,8 @@ import calib.duration
 from calib.capture import columns_of
 from calib.duration import _line, _rest_nanoseconds, fit_seconds
 from calib.model import SourceModel, load_model
-from calib.recipe import Recipe
 from dmq_export.layer import LayerSpec
+from dmq_export.recipe import Recipe
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from calib.conditioning import conditioning_for
 from calib.duration import fit_seconds, stage_seconds
 from calib.footprint import footprint
 from calib.model import SourceModel, load_model
-from calib.recipe import Recipe, recipe_from
 from calib.survey import Survey, survey
 from dmq_export.bundled import model_folder
 from dmq_export.layer import LayerSpec
+from dmq_export.recipe import Recipe, recipe_from
 
 CPU = torch.device("cpu")
 BALANCED = recipe_from("balanced")

@@ -16,9 +16,9 @@ from calib.capture import Extrema, LayerInputs
 from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
 from calib.layer_op import weight_of
 from calib.les import OUTPUTS
-from calib.recipe import Recipe
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
+from dmq_export.recipe import Recipe
 
 STEPS = 3
 RECIPE = Recipe(les_iterations=5, les_batch=32)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.recipe import PRESETS, Preset, Recipe, recipe_from
 from dmq_export.bits import Bits
 from dmq_export.embeddings import Embeddings
 from dmq_export.errors import DmqError
+from dmq_export.recipe import PRESETS, Preset, Recipe, recipe_from
 
 
 def from_json(values: dict[str, Any]) -> Recipe:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calib.recipe import Recipe
 from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import RUN, Checkpoint, require_place
 from dmq_export.commands.prompts import NO_TEXT, Prompting
@@ -18,6 +17,7 @@ from dmq_export.files import read_json
 from dmq_export.memory import in_words
 from dmq_export.progress import Progress
 from dmq_export.rank import Rank
+from dmq_export.recipe import Recipe
 from dmq_export.table import table
 
 if TYPE_CHECKING:

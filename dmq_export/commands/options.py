@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import click
 
-from calib.recipe import PRESETS
 from dmq_export.batch import Batch
 from dmq_export.bits import Bits
 from dmq_export.commands.engine import Backend
 from dmq_export.memory import parse_size
+from dmq_export.recipe import PRESETS
 
 FOLDER = click.Path(path_type=Path)
 Command = Callable[..., Any]

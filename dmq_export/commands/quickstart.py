@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from calib.recipe import recipe_from
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from dmq_export.extras import require
 from dmq_export.files import make_folder
 from dmq_export.memory import peak_memory
 from dmq_export.progress import Progress
+from dmq_export.recipe import recipe_from
 from dmq_export.table import table
 
 MODEL = "digits"
