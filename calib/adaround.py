@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.block_calls import BlockCalls, whole_output
-from calib.fake_quant import QParams
-from calib.layer_op import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
+from calib.quant.fake_quant import QParams
+from calib.quant.patches import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
 from calib.survey import Block
 from dmq_export.layer import QuantizedLayer
 from dmq_export.network import replace_modules

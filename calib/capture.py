@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import hooked
-from calib.layer_op import draw_positions, take_patches
 from calib.model import predict
-from calib.moments import Moments
+from calib.quant.patches import draw_positions, take_patches
+from calib.quant.second_moments import SecondMoments
 from calib.row_writer import RowWriter
 from calib.trajectories import Extent, Trajectories
 from calib.work import WorkFolder
@@ -42,7 +42,7 @@ class LayerInputs:
     """A layer's inputs over the calibration set.
 
     Attributes:
-        patches: ``[M, C, K]``, see :mod:`calib.layer_op`.
+        patches: ``[M, C, K]``, see :mod:`calib.quant.patches`.
         step: the row of the timesteps table each patch was taken at, ``[M]``.
         extrema: over the whole set, not only the patches.
     """
@@ -52,9 +52,9 @@ class LayerInputs:
     extrema: Extrema
 
     @cached_property
-    def moments(self) -> Moments:
+    def moments(self) -> SecondMoments:
         """Of the patches."""
-        return Moments(self.patches)
+        return SecondMoments(self.patches)
 
     def to(self, device: torch.device) -> "LayerInputs":
         low, high = self.extrema.low.to(device), self.extrema.high.to(device)

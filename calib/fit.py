@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.capture import LayerInputs
-from calib.fake_quant import QParams, choose_qparams
-from calib.layer_op import product, scaled_weight, weight_matrix
 from calib.les import LesResult, LesSettings, fit_les
 from calib.metrics import decibels
+from calib.quant.fake_quant import QParams, choose_qparams
+from calib.quant.patches import dequantized_weight, product, scaled_weight, weight_matrix
 from calib.ranges import activation_range, clip_range, quantized_patches
-from calib.rounding import dequantized_weight, learned_gain, round_weight
+from calib.rounding import learned_gain, round_weight
 from calib.weight_grid import grid_qparams, minmax_qparams
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer

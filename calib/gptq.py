@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, dequantize
+from calib.quant.fake_quant import QParams, dequantize
 from calib.successive import round_successively
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal

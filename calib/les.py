@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from calib.capture import LayerInputs
-from calib.fake_quant import QParams, choose_qparams, fake_quantize
-from calib.layer_op import product, tau_columns, weight_columns, weight_matrix
+from calib.quant.fake_quant import QParams, choose_qparams, fake_quantize
+from calib.quant.patches import product, tau_columns, weight_columns, weight_matrix
 from calib.ranges import activation_range, quantized_patches
 from calib.replay import Replayed
 from calib.weight_grid import minmax_qparams

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.capture import Place, replay
-from calib.fake_quant import QParams, fake_quantize
-from calib.layer_op import expand_parts
+from calib.quant.fake_quant import QParams, fake_quantize
+from calib.quant.patches import expand_parts
 from calib.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from calib.capture import Extrema, LayerInputs
-from calib.fake_quant import QParams, Range, choose_qparams, fake_quantize
-from calib.layer_op import expand_parts, product, weight_matrix
+from calib.quant.fake_quant import QParams, Range, choose_qparams, fake_quantize
+from calib.quant.patches import expand_parts, product, weight_matrix
 from dmq_export.layer import LayerSpec
 
 CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(1, 13))  # 0.95 .. 0.40

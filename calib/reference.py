@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.fake_quant import QParams, dequantize, quantize
 from calib.hooks import hooked
-from calib.layer_op import apply_op, expand_parts, scaled_weight
 from calib.model import predict
-from calib.rounding import dequantized_weight
+from calib.quant.fake_quant import QParams, dequantize, quantize
+from calib.quant.patches import apply_op, dequantized_weight, expand_parts, scaled_weight
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.form import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer

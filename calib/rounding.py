@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, dequantize, quantize
 from calib.gptq import compensation, gptq_codes
-from calib.layer_op import weight_columns, weight_matrix
-from calib.moments import Moments
+from calib.quant.fake_quant import QParams, dequantize, quantize
+from calib.quant.patches import weight_columns, weight_matrix
+from calib.quant.second_moments import SecondMoments
 from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
@@ -19,7 +19,7 @@ def round_weight(
     spec: LayerSpec,
     weight: Tensor,
     qparams: QParams,
-    moments: Moments,
+    moments: SecondMoments,
     *,
     learned: bool,
     tau: Tensor | None = None,
@@ -48,7 +48,7 @@ def round_weight(
 
 
 def _rounded(
-    matrix: Tensor, qparams: QParams, moments: Moments, first: int, tau: Tensor | None, bits: int, chunk: int
+    matrix: Tensor, qparams: QParams, moments: SecondMoments, first: int, tau: Tensor | None, bits: int, chunk: int
 ) -> Tensor:
     """Codes ``[O, C, K]``, some channels after the other; each chunk makes up for the errors of those before it.
 
@@ -75,7 +75,7 @@ def _rounded(
     return codes
 
 
-def learned_gain(spec: LayerSpec, weight: Tensor, moments: Moments) -> float:
+def learned_gain(spec: LayerSpec, weight: Tensor, moments: SecondMoments) -> float:
     """Squared output error of learned rounding over that of rounding to nearest, both on min-max ranges, at most 1.
 
     Estimated on some outputs, of some groups, and on the channels of the first chunk.
@@ -104,9 +104,3 @@ def _quadratic(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor)
     """``|| (W - W^) X ||^2`` of weights ``[O, n]``, from ``X X^T [n, n]``."""
     lost = weight - dequantize(codes, qparams)
     return float((lost @ moments * lost).sum())
-
-
-def dequantized_weight(spec: LayerSpec, codes: Tensor, qparams: QParams) -> Tensor:
-    """``w^ = s_w * (q_w - z_w)`` in the shape of ``codes [O, C / groups, *kernel]``."""
-    columns = QParams(*(weight_columns(spec, values) for values in qparams))
-    return dequantize(weight_matrix(spec, codes), columns).view(codes.shape)

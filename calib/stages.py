@@ -20,10 +20,10 @@ from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
 from calib.device import evaluating
 from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
-from calib.layer_op import weight_of
 from calib.model import SourceModel
 from calib.plan import Family, Plan
 from calib.pts import count_votes, decide
+from calib.quant.patches import weight_of
 from calib.ranks import Ranks
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.survey import Survey

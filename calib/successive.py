@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, dequantize, quantize
+from calib.quant.fake_quant import QParams, dequantize, quantize
 
 
 @cache

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calib.fake_quant import QParams
+from calib.quant.fake_quant import QParams
 
 WIDTH = 16  # outputs of one program: many small programs, since each is a chain as long as there are columns
 WARPS = 2

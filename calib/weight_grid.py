@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calib.fake_quant import QParams, Range, choose_qparams, fake_quantize
-from calib.layer_op import split_parts, weight_matrix
+from calib.quant.fake_quant import QParams, Range, choose_qparams, fake_quantize
+from calib.quant.patches import split_parts, weight_matrix
 from dmq_export.layer import LayerSpec
 
 CANDIDATES = 80

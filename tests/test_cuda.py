@@ -25,10 +25,10 @@ import calib.calibrate
 import calib.successive
 from calib.calibrate import calibrate, planned
 from calib.capture import Extrema, LayerInputs
-from calib.fake_quant import QParams
 from calib.gptq import gptq_codes
 from calib.les import LesSettings, fit_les
 from calib.plan import Limits
+from calib.quant.fake_quant import QParams
 from calib.replay import Replayed
 from calib.stages import Stages
 from dmq_export.bits import Bits

@@ -14,8 +14,8 @@ from torch import nn
 import calib.fit
 from calib.capture import Extrema, LayerInputs
 from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
-from calib.layer_op import weight_of
 from calib.les import OUTPUTS
+from calib.quant.patches import weight_of
 from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe

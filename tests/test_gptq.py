@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.fake_quant import QParams, dequantize, quantize
 from calib.gptq import BLOCK, DAMPING, SWEEPS, _Columns, _sweep, gptq_codes
+from calib.quant.fake_quant import QParams, dequantize, quantize
 
 SEEDS = st.integers(0, 2**16)
 

@@ -9,8 +9,8 @@ from layers import conv2d, linear, random_layer
 from reference import along, dequantize_input, quantize_input
 from torch import Tensor, nn
 
-from calib.fake_quant import QParams
 from calib.pts import best_exponents, count_votes, decide, exponents
+from calib.quant.fake_quant import QParams
 from calib.trajectories import Trajectories
 from dmq_export.layer import LayerSpec, QuantizedLayer
 

@@ -11,7 +11,7 @@ from layers import SPECS, conv2d, linear, random_layer, specs
 from reference import dequantize_input, operate, quantize_input
 
 from calib.capture import Extrema, LayerInputs
-from calib.fake_quant import QParams, Range, choose_qparams
+from calib.quant.fake_quant import QParams, Range, choose_qparams
 from calib.ranges import activation_range, clip_range, quantized_patches
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, Scheme

@@ -7,11 +7,11 @@ from layers import SPECS, conv2d, linear, random_layer
 from reference import along, dequantize_weight
 
 import calib.rounding
-from calib.fake_quant import QParams
 from calib.gptq import gptq_codes
-from calib.layer_op import product, weight_columns, weight_matrix
-from calib.moments import Moments
-from calib.rounding import dequantized_weight, learned_gain, round_weight
+from calib.quant.fake_quant import QParams
+from calib.quant.patches import dequantized_weight, product, weight_columns, weight_matrix
+from calib.quant.second_moments import SecondMoments
+from calib.rounding import learned_gain, round_weight
 from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
@@ -48,7 +48,7 @@ def test_nearest_equals_numpy(name: str) -> None:
     weight = random_weight(spec)
     scale, zero_point = minmax_qparams(spec, weight)
     qparams = QParams(scale * 0.7, zero_point)  # some weights are out of reach
-    codes = round_weight(spec, weight, qparams, Moments(correlated_patches(spec)), learned=False)
+    codes = round_weight(spec, weight, qparams, SecondMoments(correlated_patches(spec)), learned=False)
     np.testing.assert_array_equal(codes, numpy_nearest(spec, weight.numpy(), qparams))
 
 
@@ -57,7 +57,7 @@ def test_learned_codes_are_integers_in_range_and_lose_less_on_the_patches(name: 
     spec = SPECS[name]
     weight, x = random_weight(spec), correlated_patches(spec)
     qparams = minmax_qparams(spec, weight)
-    learned, nearest = (round_weight(spec, weight, qparams, Moments(x), learned=how) for how in (True, False))
+    learned, nearest = (round_weight(spec, weight, qparams, SecondMoments(x), learned=how) for how in (True, False))
     assert learned.shape == weight.shape
     assert torch.equal(learned, learned.round().clamp(0, 2**spec.bits.weight - 1))
     errors = [output_error(spec, weight, dequantized_weight(spec, codes, qparams), x) for codes in (learned, nearest)]
@@ -70,11 +70,11 @@ def test_each_group_is_rounded_as_a_layer_of_its_own(groups: int) -> None:
     alone = conv2d(parts=(6 // groups,), out_channels=6 // groups)
     weight, x = random_weight(spec), correlated_patches(spec)
     qparams = minmax_qparams(spec, weight)
-    codes = round_weight(spec, weight, qparams, Moments(x), learned=True)
+    codes = round_weight(spec, weight, qparams, SecondMoments(x), learned=True)
     for group in range(groups):
         rows = slice(group * (6 // groups), (group + 1) * (6 // groups))
         own = QParams(*(values[:, rows] for values in qparams))
-        assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, Moments(x[:, rows]), learned=True))
+        assert torch.equal(codes[rows], round_weight(alone, weight[rows], own, SecondMoments(x[:, rows]), learned=True))
 
 
 WIDE = [linear(parts=(64,), out_channels=32), linear(parts=(24, 40), out_channels=16), conv2d(parts=(16,))]
@@ -90,8 +90,8 @@ def test_rounding_in_chunks_makes_up_for_the_chunks_before(spec: LayerSpec) -> N
     def error(codes: torch.Tensor) -> float:
         return output_error(spec, weight, dequantized_weight(spec, codes, qparams), x)
 
-    whole = error(round_weight(spec, weight, qparams, Moments(x), learned=True))
-    chunked = error(round_weight(spec, weight, qparams, Moments(x), learned=True, chunk=width * taps))
+    whole = error(round_weight(spec, weight, qparams, SecondMoments(x), learned=True))
+    chunked = error(round_weight(spec, weight, qparams, SecondMoments(x), learned=True, chunk=width * taps))
     columns = QParams(*(weight_columns(spec, values).expand_as(weight_matrix(spec, weight)) for values in qparams))
     alone = []
     for start in range(0, spec.in_channels, width):
@@ -110,10 +110,10 @@ def test_tau_divides_the_patches() -> None:
     weight, x = random_weight(spec), correlated_patches(spec)
     tau = torch.tensor([0.5, 2.0, 1.0, 4.0], dtype=x.dtype)
     qparams = minmax_qparams(spec, weight)
-    inside = round_weight(spec, weight, qparams, Moments(x), learned=True, tau=tau)
-    outside = round_weight(spec, weight, qparams, Moments(x / tau[:, None]), learned=True)
+    inside = round_weight(spec, weight, qparams, SecondMoments(x), learned=True, tau=tau)
+    outside = round_weight(spec, weight, qparams, SecondMoments(x / tau[:, None]), learned=True)
     assert torch.equal(inside, outside)
-    assert not torch.equal(inside, round_weight(spec, weight, qparams, Moments(x), learned=True))
+    assert not torch.equal(inside, round_weight(spec, weight, qparams, SecondMoments(x), learned=True))
 
 
 def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None:
@@ -121,8 +121,8 @@ def test_a_depthwise_channel_that_is_always_zero_is_rounded_to_nearest() -> None
     weight, x = random_weight(spec).float(), correlated_patches(spec).float()
     x[:, 2] = 0
     qparams = minmax_qparams(spec, weight)
-    codes = round_weight(spec, weight, qparams, Moments(x), learned=True)
-    assert torch.equal(codes[2], round_weight(spec, weight, qparams, Moments(x), learned=False)[2])
+    codes = round_weight(spec, weight, qparams, SecondMoments(x), learned=True)
+    assert torch.equal(codes[2], round_weight(spec, weight, qparams, SecondMoments(x), learned=False)[2])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -140,7 +140,7 @@ def rounding_gain(spec: LayerSpec, weight: torch.Tensor, x: torch.Tensor) -> flo
         output_error(
             spec,
             weight,
-            dequantized_weight(spec, round_weight(spec, weight, qparams, Moments(x), learned=how), qparams),
+            dequantized_weight(spec, round_weight(spec, weight, qparams, SecondMoments(x), learned=how), qparams),
             x,
         )
         for how in (True, False)
@@ -152,7 +152,7 @@ def rounding_gain(spec: LayerSpec, weight: torch.Tensor, x: torch.Tensor) -> flo
 def test_the_gain_is_what_learned_rounding_takes_off_the_output_error(name: str) -> None:
     spec = SPECS[name]
     weight, x = random_weight(spec), correlated_patches(spec)
-    gain = learned_gain(spec, weight, Moments(x))
+    gain = learned_gain(spec, weight, SecondMoments(x))
     assert gain == pytest.approx(rounding_gain(spec, weight, x), rel=1e-9)
     assert gain < 0.9
 
@@ -162,8 +162,8 @@ def test_the_gain_of_many_groups_is_that_of_some(monkeypatch: pytest.MonkeyPatch
     spec, some = conv2d(parts=(12,), out_channels=12, groups=4), conv2d(parts=(6,), out_channels=6, groups=2)
     weight, x = random_weight(spec), correlated_patches(spec)
     rows = [0, 1, 2, 6, 7, 8]  # of the first and the third group
-    expected = learned_gain(some, weight[rows], Moments(x[:, rows]))
-    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(expected, rel=1e-9)
+    expected = learned_gain(some, weight[rows], SecondMoments(x[:, rows]))
+    assert learned_gain(spec, weight, SecondMoments(x)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_gain_of_a_wide_layer_is_that_of_some_outputs_and_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,12 +172,12 @@ def test_the_gain_of_a_wide_layer_is_that_of_some_outputs_and_channels(monkeypat
     spec, some = linear(parts=(30,), out_channels=12), linear(parts=(20,), out_channels=4)
     weight, x = random_weight(spec), correlated_patches(spec)
     weight[:, 20:] *= 0.1  # so that the channels left out do not stretch the ranges
-    expected = learned_gain(some, weight[::3, :20], Moments(x[:, :20]))
-    assert learned_gain(spec, weight, Moments(x)) == pytest.approx(expected, rel=1e-9)
+    expected = learned_gain(some, weight[::3, :20], SecondMoments(x[:, :20]))
+    assert learned_gain(spec, weight, SecondMoments(x)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_nothing_lost_is_nothing_gained() -> None:
     spec = linear()
     weight, x = random_weight(spec), correlated_patches(spec)
-    assert learned_gain(spec, weight, Moments(0 * x)) == 1.0
-    assert learned_gain(spec, 0 * weight, Moments(x)) == 1.0
+    assert learned_gain(spec, weight, SecondMoments(0 * x)) == 1.0
+    assert learned_gain(spec, 0 * weight, SecondMoments(x)) == 1.0

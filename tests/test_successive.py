@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.fake_quant import QParams
+from calib.quant.fake_quant import QParams
 from calib.successive import round_successively, why_no_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, linear, specs
 
-from calib.fake_quant import QParams, fake_quantize
-from calib.layer_op import weight_columns, weight_matrix
+from calib.quant.fake_quant import QParams, fake_quantize
+from calib.quant.patches import weight_columns, weight_matrix
 from calib.weight_grid import LOOKED_AT, grid_qparams, minmax_qparams, weight_range
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec

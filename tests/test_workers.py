@@ -12,8 +12,8 @@ from models import TINY_RECIPE
 
 from calib.capture import Captures
 from calib.fit import FloatLayer, fit_key, load_fit
-from calib.layer_op import weight_of
 from calib.model import load_model
+from calib.quant.patches import weight_of
 from calib.survey import survey
 from calib.trajectories import Conditioning, SamplerSettings, record_trajectories
 from calib.work import WorkFolder

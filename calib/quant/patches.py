@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calib.quant.fake_quant import QParams, dequantize
 from dmq_export.layer import LayerSpec
 
 
@@ -110,6 +111,12 @@ def tau_columns(spec: LayerSpec, tau: Tensor) -> Tensor:
 def scaled_weight(spec: LayerSpec, weight: Tensor, tau: Tensor) -> Tensor:
     """``W * tau`` in the weight's own shape."""
     return (weight_matrix(spec, weight) * tau_columns(spec, tau)).view(weight.shape)
+
+
+def dequantized_weight(spec: LayerSpec, codes: Tensor, qparams: QParams) -> Tensor:
+    """``w^ = s_w * (q_w - z_w)`` in the shape of ``codes [O, C / groups, *kernel]``."""
+    columns = QParams(*(weight_columns(spec, values) for values in qparams))
+    return dequantize(weight_matrix(spec, codes), columns).view(codes.shape)
 
 
 def weight_of(module: nn.Module) -> Tensor:

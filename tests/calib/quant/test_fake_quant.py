@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.fake_quant import QParams, Range, choose_qparams, dequantize, fake_quantize, quantize, round_through
+from calib.quant.fake_quant import QParams, Range, choose_qparams, dequantize, fake_quantize, quantize, round_through
 from dmq_export.layer import Scheme
 
 BITS = st.integers(3, 8)

@@ -1,4 +1,7 @@
-"""Second moments of a layer's patches: all that rounding its weights needs to know of its inputs."""
+"""Second moments of a layer's patches: all that rounding its weights needs to know of its inputs.
+
+``X^T X`` is GPTQ's Hessian ``H`` of the squared output error, but for a factor 2 (Frantar et al. 2023, equation 2).
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 BLOCK = 512  # columns that are multiplied at once
 
 
-class Moments:
+class SecondMoments:
     """``X^T X`` of some channels of a layer's patches.
 
     What was asked for last is kept: a layer's equivalent scaling and its rounding begin with the same channels.

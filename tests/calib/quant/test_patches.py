@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from layers import SPECS, conv2d, linear, random_input, specs
 from reference import along, operate, shift_of_columns
 
-from calib.layer_op import (
+from calib.quant.patches import (
     apply_op,
     draw_positions,
     expand_parts,
