@@ -26,11 +26,11 @@ import torch
 import calib.fit
 from calib.calibrate import calibrated
 from calib.capture import LayerInputs
-from calib.denoiser import reference_denoiser
 from calib.les import LesResult, LesSettings, fit_les
-from calib.model import SourceModel, load_model
+from calib.model.denoiser import reference_denoiser
+from calib.model.layers import survey
+from calib.model.load import SourceModel, load_model
 from calib.plan import Limits
-from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.denoiser import TorchDenoiser
-from calib.reference import load_reference, perturbed
+from calib.model.denoiser import TorchDenoiser
+from calib.model.fake_quantized import load_reference, perturbed
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.drawing import Arrays, SampleSettings, draw_samples, labels_conditioning
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine

@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 
 from calib.calibrate import calibrated
-from calib.model import load_model
+from calib.model.layers import survey
+from calib.model.load import load_model
 from calib.plan import Limits
-from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
+from dmq_export.commands.onnx import export_graph
 from dmq_export.commands.verification import Verification, verify
-from dmq_export.export import export_graph
 from dmq_export.progress import Progress
 from dmq_export.recipe import Rounding, recipe_from
 from dmq_export.table import table

@@ -85,9 +85,9 @@ def make(size: Size, folder: Path) -> dict[str, int]:
     import numpy as np
     import torch
 
-    from calib.families import example_conditioning
-    from calib.model import SourceModel
-    from calib.survey import survey
+    from calib.model.families import example_conditioning
+    from calib.model.layers import survey
+    from calib.model.load import SourceModel
     from dmq_export.bits import Bits
     from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, save_checkpoint
     from dmq_export.recipe import recipe_from

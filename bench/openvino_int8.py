@@ -27,17 +27,18 @@ from numpy.typing import NDArray
 from random_unet import save_unet
 
 from calib.calibrate import calibrated
-from calib.model import load_model
+from calib.model.layers import survey
+from calib.model.load import load_model
+from calib.model.trace import trace_network
 from calib.plan import Limits
-from calib.survey import survey
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.export import export_graph, serialized
+from dmq_export.commands.onnx import export_graph
+from dmq_export.export import serialized
 from dmq_export.layer import QuantizedLayer
 from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
 from dmq_export.table import table
-from dmq_export.trace import trace_network
 from engines.ort import OnnxSession
 
 CHANNELS = (128, 256, 256)

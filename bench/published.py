@@ -40,10 +40,12 @@ from random_unet import UNet2DModel, save_unet
 from calib.calibrate import calibrated
 from calib.conditioning import conditioning_for
 from calib.metrics import prediction_sqnr
-from calib.model import SourceModel, load_model, predict
+from calib.model.fake_quantized import load_reference
+from calib.model.layers import survey
+from calib.model.load import SourceModel, load_model
+from calib.model.network import predict
+from calib.model.schedulers import build_scheduler
 from calib.plan import Limits
-from calib.reference import load_reference
-from calib.survey import survey
 from calib.trajectories import SamplerSettings, Trajectories, record_trajectories
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
@@ -51,7 +53,6 @@ from dmq_export.noise import initial_noise
 from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe, recipe_from
 from dmq_export.sampling import sample
-from dmq_export.schedulers import build_scheduler
 from dmq_export.seeds import stream_seed
 from dmq_export.table import table
 from engines.images import psnr

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.model import SourceModel
+from calib.model.load import SourceModel
 from calib.trajectories import Trajectories
 from dmq_export.recipe import Recipe
 

@@ -27,7 +27,7 @@ from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_sampl
 from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.conditioning import made_up
 from dmq_export.progress import Progress
-from dmq_export.schedulers import SCHEDULERS
+from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.table import table
 from engines.ddim import Ddim
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from calib.block_calls import BlockCalls, whole_output
+from calib.model.layers import Block
+from calib.model.network import replace_modules
 from calib.quant.fake_quant import QParams
 from calib.quant.patches import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
-from calib.survey import Block
 from dmq_export.layer import QuantizedLayer
-from dmq_export.network import replace_modules
 from dmq_export.seeds import stream_seed
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # of the rectified sigmoid

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import hooked
-from calib.model import predict
+from calib.model.hooks import hooked
+from calib.model.network import predict
 from calib.trajectories import Trajectories
 
 MOST_BYTES = 2**30  # of the calls held at once

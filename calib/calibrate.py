@@ -15,21 +15,21 @@ import torch
 
 from calib.check import probe_of
 from calib.device import device_name, reproducible
-from calib.model import SourceModel, load_model
+from calib.model.layers import Survey, survey
+from calib.model.load import SourceModel, load_model
+from calib.model.network import float_tensors
+from calib.model.schedulers import build_scheduler, step_options
 from calib.plan import Limits, Plan, make_plan
 from calib.ranks import Ranks, torchrun_ranks
 from calib.stages import Stages
 from calib.successive import why_no_kernel
-from calib.survey import Survey, survey
 from calib.work import WorkFolder, open_work, require_work, started_with
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
 from dmq_export.memory import peak_memory, peaks
-from dmq_export.network import float_tensors
 from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
-from dmq_export.schedulers import build_scheduler, step_options
 
 BATCH = "samples per evaluation"  # in the fingerprint: kernels add in another order for another batch
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import hooked
-from calib.model import predict
+from calib.model.hooks import hooked
+from calib.model.network import predict
 from calib.quant.patches import draw_positions, take_patches
 from calib.quant.second_moments import SecondMoments
 from calib.row_writer import RowWriter

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from calib.metrics import prediction_sqnr
-from calib.model import SourceModel
-from calib.reference import quantized
+from calib.model.fake_quantized import quantized
+from calib.model.load import SourceModel
 from calib.trajectories import Trajectories
 from dmq_export.checkpoint import Probe
 from dmq_export.layer import QuantizedLayer

@@ -2,7 +2,7 @@
 
 import torch
 
-from calib.model import SourceModel
+from calib.model.load import SourceModel
 from calib.trajectories import Conditioning
 from dmq_export.conditioning import Asked, told
 from dmq_export.recipe import Recipe

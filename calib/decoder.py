@@ -83,5 +83,5 @@ def _decoder(folder: Path) -> Any:
         raise ModelError(f"{folder}/config.json names {class_name!r}, which is no decoder of diffusers")
     try:
         return decoder_class.from_pretrained(str(folder), local_files_only=True, low_cpu_mem_usage=False)
-    except Exception as error:  # as calib.model: whatever diffusers raises
+    except Exception as error:  # as calib.model.load: whatever diffusers raises
         raise ModelError(f"the decoder in {folder} does not load: {reason(error)}") from error

@@ -14,7 +14,7 @@ from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
 from calib.footprint import evaluate_zeros
 from calib.gptq import SWEEPS
 from calib.les import OUTPUTS
-from calib.model import SourceModel
+from calib.model.load import SourceModel
 from calib.replay import WARM_UP
 from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.sensitivity import SAMPLES, STEPS

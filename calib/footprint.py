@@ -15,12 +15,13 @@ from calib.block_calls import call_bytes, split_blocks
 from calib.capture import capture_bytes, columns_of, patch_rows
 from calib.device import memory_held
 from calib.fit import LOOKED_AT
-from calib.hooks import hooked
 from calib.les import OUTPUTS
-from calib.model import SourceModel, predict
+from calib.model.hooks import hooked
+from calib.model.layers import Survey
+from calib.model.load import SourceModel
+from calib.model.network import predict
 from calib.rounding import CHUNK
 from calib.row_writer import MOST_WAITING
-from calib.survey import Survey
 from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe

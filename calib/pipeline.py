@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.model import DENOISER_FOLDERS, LONGEST_REASON
+from calib.model.load import DENOISER_FOLDERS, LONGEST_REASON
 from dmq_export.arguments import flat, timestep_unit
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.extras import require

@@ -15,8 +15,8 @@ from calib.conditioning import conditioning_for
 from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
 from calib.duration import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
-from calib.model import SourceModel
-from calib.survey import Survey
+from calib.model.layers import Survey
+from calib.model.load import SourceModel
 from calib.work import WorkFolder
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec

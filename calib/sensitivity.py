@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from calib.model import SourceModel
-from calib.reference import quantized
+from calib.model.fake_quantized import quantized
+from calib.model.load import SourceModel
 from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer

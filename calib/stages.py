@@ -20,13 +20,13 @@ from calib.check import VARIANTS, sqnr_by_step
 from calib.conditioning import conditioning_for
 from calib.device import evaluating
 from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
-from calib.model import SourceModel
+from calib.model.layers import Survey
+from calib.model.load import SourceModel
 from calib.plan import Family, Plan
 from calib.pts import count_votes, decide
 from calib.quant.patches import weight_of
 from calib.ranks import Ranks
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
-from calib.survey import Survey
 from calib.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
 from calib.work import WorkFolder
 from calib.workers import FitTask, run_tasks

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.device import reproducible
-from calib.model import read_config
+from calib.model.load import read_config
 from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name, reason
 from dmq_export.arguments import GUIDANCE, LABELS, arguments
 from dmq_export.embeddings import Arrays, Embeddings, fitted
@@ -46,7 +46,7 @@ def encode_prompts(
 
     Args:
         guidance_scale: classifier-free guidance, or what a distilled model is told; None for none.
-        sample_size: as :func:`calib.model.load_model`.
+        sample_size: as :func:`calib.model.load.load_model`.
         advance: called with the number of prompts done, for progress.
 
     Raises:

@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern
 
-from dmq_export.trace import BATCH
+from dmq_export.marker import BATCH
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules that a node lies in
 ROOT = "network."  # what the tracer calls the denoiser

@@ -1,4 +1,4 @@
-"""From a checkpoint to an ONNX file."""
+"""From a traced network to an ONNX file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from dmq_export.lowering import lower
 from dmq_export.portable import lower_portable
 from dmq_export.steps import STEP
 from dmq_export.target import FloatType, Target
-from dmq_export.trace import trace_network
 
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights: protobuf refuses messages of 2 GiB, and the graph needs some
 
@@ -49,17 +48,27 @@ class ExportedGraph:
         return {name: form.scaled for name, form in self.forms.items() if form.scaled}
 
 
-def export_graph(
-    checkpoint: Checkpoint, target: Target = "portable", dtype: FloatType = "float32", batch: Batch | None = None
-) -> ExportedGraph:
-    """The graph of ``checkpoint`` for ``target``, in memory; any batch size where ``batch`` does not fix one.
+def require_type(target: Target, dtype: FloatType) -> None:
+    """Refuse a type that the graphs for ``target`` do not come in.
 
     Raises:
-        ExportError: the model cannot be traced, or a layer cannot be lowered.
+        ExportError: it is one.
     """
     if dtype == "float16" and target != "tensorrt":
         raise ExportError(f"--dtype float16 is for --target tensorrt; the {target} graph is float32")
-    model = trace_network(checkpoint)
+
+
+def lower_graph(
+    model: ir.Model, checkpoint: Checkpoint, target: Target, dtype: FloatType, batch: Batch | None
+) -> ExportedGraph:
+    """The graph of ``checkpoint`` for ``target``, in memory; any batch size where ``batch`` does not fix one.
+
+    Args:
+        model: the traced network, with a marker for each quantized layer; it becomes the result.
+
+    Raises:
+        ExportError: a layer cannot be lowered.
+    """
     clean_graph(model, None if batch is None else batch.fixed)
     if target == "portable":
         forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)

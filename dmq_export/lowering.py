@@ -12,8 +12,8 @@ from dmq_export.builder import NodeBuilder
 from dmq_export.errors import ExportError
 from dmq_export.form import LayerForm
 from dmq_export.layer import LayerSpec, QuantizedLayer
+from dmq_export.marker import DOMAIN
 from dmq_export.steps import StepTables
-from dmq_export.trace import DOMAIN
 
 CODES, OUTPUT = "codes", "output"  # what every lowered layer calls its integer input and its result
 

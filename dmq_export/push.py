@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dmq_export.trace import DOMAIN
+from dmq_export.marker import DOMAIN
 
 Factor = NDArray[np.float64]
 

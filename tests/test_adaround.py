@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from calib.adaround import SoftLayer, adaround, squared_error
 from calib.block_calls import CallRecorder
-from calib.reference import quantized
-from calib.survey import Block
+from calib.model.fake_quantized import quantized
+from calib.model.layers import Block
 from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer

@@ -21,9 +21,9 @@ from calib.calibrate import planned, work_folder
 from calib.capture import capture_bytes
 from calib.conditioning import conditioning_for
 from calib.footprint import Footprint, activation_bytes, fit_bytes, footprint
-from calib.model import SourceModel, load_model
+from calib.model.layers import survey
+from calib.model.load import SourceModel, load_model
 from calib.plan import Limits, make_plan, split_passes
-from calib.survey import survey
 from calib.trajectories import Conditioning
 from calib.work import WorkFolder
 from dmq_export.bits import Bits

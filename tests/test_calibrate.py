@@ -19,9 +19,9 @@ import calib.plan
 import calib.stages
 from calib.calibrate import calibrate
 from calib.conditioning import conditioning_for
-from calib.model import load_model
+from calib.model.fake_quantized import quantized
+from calib.model.load import load_model
 from calib.plan import Limits
-from calib.reference import quantized
 from calib.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint

@@ -24,8 +24,9 @@ from calib.capture import (
     patch_rows,
     replay,
 )
-from calib.model import SourceModel, load_model, predict
-from calib.survey import survey
+from calib.model.layers import survey
+from calib.model.load import SourceModel, load_model
+from calib.model.network import predict
 from calib.trajectories import Conditioning, SamplerSettings, Trajectories, extent_of, record_trajectories
 from calib.work import WorkFolder
 from dmq_export.bits import Bits

@@ -7,7 +7,8 @@ import pytest
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.clean import RULES, fix_batch
-from dmq_export.export import export_graph, serialized
+from dmq_export.commands.onnx import export_graph
+from dmq_export.export import serialized
 from engines.ort import OnnxSession
 
 

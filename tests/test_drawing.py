@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.commands.drawing import (
     Conditioning,
     SampleSettings,
@@ -21,7 +22,7 @@ from dmq_export.facts import Facts
 from dmq_export.noise import initial_noise
 from dmq_export.progress import Progress
 from dmq_export.sampling import sample
-from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
+from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.seeds import stream_seed
 
 FACTS = Facts(

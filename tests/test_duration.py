@@ -12,7 +12,7 @@ from models import TINY_RECIPE, save_small_model
 import calib.duration
 from calib.capture import columns_of
 from calib.duration import _line, _rest_nanoseconds, fit_seconds
-from calib.model import SourceModel, load_model
+from calib.model.load import SourceModel, load_model
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 

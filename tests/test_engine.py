@@ -52,7 +52,7 @@ def test_a_prediction_is_the_references_up_to_rounding_ties(
     backend: str, tiny_onnx: Path, tiny_checkpoint: Checkpoint
 ) -> None:
     """The rule of docs/arithmetic.md: as far as the reference drifts from itself, or as quantization went."""
-    from calib.reference import load_reference, perturbed
+    from calib.model.fake_quantized import load_reference, perturbed
 
     engine = open_engine(tiny_onnx, Execution(backend))
     reference, probe = load_reference(tiny_checkpoint, torch.device("cpu")), tiny_checkpoint.probe

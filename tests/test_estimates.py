@@ -10,8 +10,8 @@ import calib.duration
 from calib.conditioning import conditioning_for
 from calib.duration import fit_seconds, stage_seconds
 from calib.footprint import footprint
-from calib.model import SourceModel, load_model
-from calib.survey import Survey, survey
+from calib.model.layers import Survey, survey
+from calib.model.load import SourceModel, load_model
 from dmq_export.bundled import model_folder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe, recipe_from

@@ -14,13 +14,13 @@ from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
 
 from calib.calibrate import calibrate
+from calib.model.fake_quantized import load_reference
 from calib.plan import Limits
-from calib.reference import load_reference
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.onnx import export_graph, export_onnx
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.export import data_path, export_graph, layer_bytes, loadable, save_onnx, serialized, weight_bytes
+from dmq_export.export import data_path, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.facts import FACTS
 from dmq_export.progress import Progress
 from dmq_export.verify import rms_ratio

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from calib.model.schedulers import build_scheduler
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import DmqError
 from dmq_export.facts import model_facts, read_facts
-from dmq_export.schedulers import build_scheduler
 from dmq_export.signature import label_count, sample_shape
 
 

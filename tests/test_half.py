@@ -8,8 +8,8 @@ import pytest
 from layers import TIMESTEPS, conv2d, marked_model, random_input, random_layer
 
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.commands.onnx import export_graph
 from dmq_export.errors import ExportError
-from dmq_export.export import export_graph
 from dmq_export.half import to_float16
 from dmq_export.integer import lower_integer
 from dmq_export.lowering import lower

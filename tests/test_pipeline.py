@@ -20,6 +20,7 @@ from pipelines import TEXTUAL, UNCONDITIONAL, save_tiny_pipeline
 
 from calib.calibrate import calibrate
 from calib.decoder import decode, decoder_folder
+from calib.model.schedulers import build_scheduler
 from calib.pipeline import EngineDenoiser, build_pipeline
 from calib.plan import Limits
 from calib.text import encode_prompts
@@ -31,7 +32,6 @@ from dmq_export.conditioning import Asked, told
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.progress import Progress
 from dmq_export.sampling import Guidance, sample
-from dmq_export.schedulers import build_scheduler
 from dmq_export.signature import sample_shape
 
 CPU = torch.device("cpu")

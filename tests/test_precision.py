@@ -12,12 +12,13 @@ from models import TINY_RECIPE
 from reference import layer_output
 
 from calib.calibrate import Limits, calibrated
-from calib.model import load_model
-from calib.survey import survey
+from calib.model.layers import survey
+from calib.model.load import load_model
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.export import export_graph, serialized
+from dmq_export.commands.onnx import export_graph
+from dmq_export.export import serialized
 from dmq_export.integer import lower_integer
 from dmq_export.lowering import lower
 from dmq_export.progress import Progress

@@ -15,7 +15,7 @@ from reference import dequantize_input, dequantize_weight, quantize_input
 from torch import Tensor, nn
 
 from calib.calibrate import calibrate
-from calib.model import SourceModel
+from calib.model.load import SourceModel
 from calib.plan import Limits
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.trajectories import Trajectories

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor, nn
 
-from calib.model import SourceModel, load_model, predict
+from calib.model.load import SourceModel, load_model
+from calib.model.network import predict
 from calib.trajectories import Conditioning, SamplerSettings, Trajectories, _last_visits, record_trajectories
 from dmq_export.errors import DmqError
 

@@ -12,9 +12,9 @@ from models import TINY_RECIPE
 
 from calib.capture import Captures
 from calib.fit import FloatLayer, fit_key, load_fit
-from calib.model import load_model
+from calib.model.layers import survey
+from calib.model.load import load_model
 from calib.quant.patches import weight_of
-from calib.survey import survey
 from calib.trajectories import Conditioning, SamplerSettings, record_trajectories
 from calib.work import WorkFolder
 from calib.workers import FitTask, one_thread, run_tasks

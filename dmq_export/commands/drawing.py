@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.commands.engine import Engine
 from dmq_export.conditioning import Asked, labels_told, told
 from dmq_export.embeddings import Embeddings
@@ -24,7 +25,7 @@ from dmq_export.facts import Facts
 from dmq_export.noise import initial_noise, noise_streams
 from dmq_export.progress import Progress
 from dmq_export.sampling import Guidance, sample
-from dmq_export.schedulers import SCHEDULERS, build_scheduler, step_options
+from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.seeds import stream_seed
 from dmq_export.signature import sample_shape
 from engines.ddim import Ddim, DdimSettings, unsupported

@@ -98,8 +98,8 @@ def float_engine(model: str, like: Engine) -> Engine:
     """
     import torch
 
-    from calib.denoiser import float_denoiser
-    from calib.model import load_model
+    from calib.model.denoiser import float_denoiser
+    from calib.model.load import load_model
 
     size = like.facts.recipe.get("sample_size")
     source = load_model(model_folder(model), torch.device("cpu"), sample_size=size)
@@ -113,7 +113,7 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
     _backend(folder, execution, ("torch",))
     import torch
 
-    from calib.denoiser import reference_denoiser
+    from calib.model.denoiser import reference_denoiser
 
     if execution.threads is not None:
         torch.set_num_threads(execution.threads)

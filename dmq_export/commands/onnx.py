@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dmq_export.checkpoint import load_checkpoint
+from dmq_export.batch import Batch
+from dmq_export.checkpoint import Checkpoint, load_checkpoint
 from dmq_export.commands.verification import Verification
 from dmq_export.commands.verification import verify as verify_graph
 from dmq_export.extras import install
@@ -15,6 +16,10 @@ from dmq_export.layer import QuantizedLayer
 from dmq_export.lint import Finding, findings_table, lint_model, require_buildable
 from dmq_export.progress import Progress
 from dmq_export.table import table
+from dmq_export.target import FloatType, Target
+
+if TYPE_CHECKING:
+    from dmq_export.export import ExportedGraph
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,13 @@ def export_onnx(
     """Export the checkpoint and prove the graph equal to the PyTorch reference.
 
     Args:
-        choices: target, type and batch, see :func:`dmq_export.export.export_graph`.
+        choices: target, type and batch, see :func:`export_graph`.
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
         CheckFailedError: TensorRT would refuse the graph, or it differs from the reference; nothing is written then.
     """
-    from dmq_export.export import data_path, export_graph, layer_bytes, save_onnx
+    from dmq_export.export import data_path, layer_bytes, save_onnx
 
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
@@ -88,6 +93,21 @@ def export_onnx(
         findings=findings,
         verification=verification,
     )
+
+
+def export_graph(
+    checkpoint: Checkpoint, target: Target = "portable", dtype: FloatType = "float32", batch: Batch | None = None
+) -> ExportedGraph:
+    """The graph of ``checkpoint`` for ``target``, in memory; any batch size where ``batch`` does not fix one.
+
+    Raises:
+        ExportError: the model cannot be traced, or a layer cannot be lowered.
+    """
+    from calib.model.trace import trace_network
+    from dmq_export.export import lower_graph, require_type
+
+    require_type(target, dtype)  # before the tracing, which takes its time
+    return lower_graph(trace_network(checkpoint), checkpoint, target, dtype, batch)
 
 
 def _float32_bytes(layer: QuantizedLayer) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from calib.model.schedulers import build_scheduler
 from dmq_export.arguments import arguments
 from dmq_export.bundled import model_folder
 from dmq_export.commands.engine import Execution, open_engine
@@ -14,7 +15,6 @@ from dmq_export.errors import DmqError
 from dmq_export.extras import require
 from dmq_export.facts import Facts
 from dmq_export.mismatch import mismatches
-from dmq_export.schedulers import build_scheduler
 from dmq_export.signature import sample_shape
 
 
@@ -33,7 +33,7 @@ def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | 
         DmqError: either does not load, the engine was made from another model, or PyTorch or diffusers is missing.
     """
     require("load_pipeline", "torch", "diffusers")
-    from calib.model import read_config
+    from calib.model.load import read_config
     from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name
 
     folder = model_folder(str(model))

@@ -31,7 +31,7 @@ from dmq_export.verify import (
 )
 
 if TYPE_CHECKING:
-    from calib.reference import ReferenceModel
+    from calib.model.fake_quantized import ReferenceModel
     from dmq_export.export import ExportedGraph
 
 PRECISIONS = {"float32": FLOAT32, "float16": FLOAT16}
@@ -107,7 +107,7 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
     """
     import torch
 
-    from calib.reference import load_reference
+    from calib.model.fake_quantized import load_reference
 
     if graph.batch is not None and graph.batch.fixed is not None:
         checkpoint = replace(checkpoint, probe=checkpoint.probe.resized(graph.batch.fixed))
@@ -156,9 +156,9 @@ def _check_layers(
     checkpoint: Checkpoint, step: int, reference: ReferenceModel, executor: Executor, graph: ExportedGraph
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
-    from calib.reference import record_layers
+    from calib.model.fake_quantized import record_layers
     from dmq_export.cut import cut_inputs, cut_outputs
-    from dmq_export.trace import OUTPUT
+    from dmq_export.marker import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
     row, forms = reference.index.row, graph.forms
@@ -177,7 +177,7 @@ def _drift(
     checkpoint: Checkpoint, step: int, reference: ReferenceModel, executors: list[Executor], relative: float
 ) -> list[StepDrift]:
     """One probed step, in each runtime."""
-    from calib.reference import perturbed
+    from calib.model.fake_quantized import perturbed
 
     sample, timestep, conditioning = _tensors(checkpoint, step)
     expected = reference(sample, timestep, **conditioning).numpy()

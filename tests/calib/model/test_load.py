@@ -12,7 +12,8 @@ import torch
 from models import save_tiny_network, tiny_unet
 from safetensors.torch import load_file, save_file
 
-from calib.model import load_model, predict
+from calib.model.load import load_model
+from calib.model.network import predict
 from dmq_export.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calib.denoiser import float_denoiser, reference_denoiser
-from calib.model import load_model, predict
-from calib.reference import load_reference
+from calib.model.denoiser import float_denoiser, reference_denoiser
+from calib.model.fake_quantized import load_reference
+from calib.model.load import load_model
+from calib.model.network import predict
 from dmq_export.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")

@@ -1,25 +1,19 @@
-"""The network of a checkpoint, without its source: diffusers' module tree with other modules at the quantized layers.
-
-PyTorch's home is ``calib``; the exporter needs a module to trace, so its imports here are local.
-"""
-
-from __future__ import annotations
+"""The network of a checkpoint, without its source: diffusers' module tree with other ones at the quantized layers."""
 
 import inspect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from dmq_export.arguments import nested, timestep_unit
+from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import CheckpointError
 from dmq_export.signature import FLUX
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
-
-    from dmq_export.checkpoint import Checkpoint
 
 
 def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -49,8 +43,6 @@ def _position_ids(sample: Tensor, text: Tensor) -> dict[str, Tensor]:
 
     They are no inputs: the shapes say them, and so the exported graph holds what follows from them as constants.
     """
-    import torch
-
     side = math.isqrt(sample.shape[1])
     index = torch.arange(side * side, device=sample.device)
     image = torch.stack([torch.zeros_like(index), index // side, index % side], dim=-1)
@@ -86,8 +78,7 @@ def build_network(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> n
     Raises:
         CheckpointError: diffusers does not know the class, or a tensor is missing.
     """
-    import diffusers
-    import torch
+    import diffusers  # here, for the processes that fit layers do without it
 
     model_class = getattr(diffusers, checkpoint.model.class_name, None)
     if model_class is None:
@@ -109,9 +100,7 @@ def _known(model_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in accepted}
 
 
-def _set_tensor(network: nn.Module, name: str, value: Any) -> None:
-    from torch import nn
-
+def _set_tensor(network: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     try:
         module = network.get_submodule(owner)
@@ -124,9 +113,7 @@ def _set_tensor(network: nn.Module, name: str, value: Any) -> None:
         module._buffers[leaf] = value
 
 
-def _numpy(tensor: Any) -> NDArray[np.generic]:
-    import torch
-
+def _numpy(tensor: Tensor) -> NDArray[np.generic]:
     # NumPy has no bfloat16
     widened = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     array: NDArray[np.generic] = widened.detach().cpu().numpy()

@@ -11,10 +11,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from models import FLUX, UNET
 from torch import nn
 
-from calib.model import SourceModel, load_model, predict
+from calib.model.load import SourceModel, load_model
+from calib.model.network import build_network, float_tensors, predict, replace_modules
 from dmq_export.checkpoint import Checkpoint, ModelFacts
 from dmq_export.errors import CheckpointError
-from dmq_export.network import build_network, float_tensors, replace_modules
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from calib.hooks import hooked
+from calib.model.hooks import hooked
 
 
 def test_hooks_are_there_in_the_block_and_gone_after_it_even_if_it_fails() -> None:

@@ -8,16 +8,9 @@ import numpy as np
 
 from dmq_export.errors import DmqError
 from dmq_export.extras import require
+from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.signature import FLUX, image_tokens
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 FLOW = "FlowMatch"  # how the names of such schedulers start
 FLOW_MODELS = ("SD3Transformer2DModel", FLUX)
 
@@ -38,7 +31,7 @@ def build_scheduler(
         raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
     asked = name or config.get("_class_name")
     require(f"scheduler {asked}, as all but a plain DDIM,", "torch", "diffusers")
-    import diffusers
+    import diffusers  # here, for an engine samples with our DDIM where it is not installed
 
     class_name = SCHEDULERS[name] if name else config.get("_class_name")
     if class_name is None:

@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.model import SourceModel, predict
-from calib.reference import load_reference
+from calib.model.fake_quantized import load_reference
+from calib.model.load import SourceModel
+from calib.model.network import predict
 from dmq_export.checkpoint import Checkpoint
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib.families import family_of
-from calib.model import SourceModel, load_model
-from calib.survey import Survey, observe, survey
+from calib.model.families import family_of
+from calib.model.layers import Survey, observe, survey
+from calib.model.load import SourceModel, load_model
 from dmq_export.bits import Bits
 from dmq_export.coverage import FloatLayer
 from dmq_export.errors import ModelError

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import hooked
-from calib.model import predict
+from calib.model.hooks import hooked
+from calib.model.network import build_network, predict, replace_modules
 from calib.quant.fake_quant import QParams, dequantize, quantize
 from calib.quant.patches import apply_op, dequantized_weight, expand_parts, scaled_weight
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.form import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer
-from dmq_export.network import build_network, replace_modules
 
 
 class StepIndex:

@@ -2,34 +2,25 @@
 
 The network is traced with a marker in place of each quantized layer, so a lowering never has to recognise
 what the exporter made of a convolution: it replaces one node whose ``layer`` attribute names it.
-PyTorch is imported here and nowhere else in the exporter.
 """
-
-from __future__ import annotations
 
 import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
 
+from calib.model.network import build_network, predict
+from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import ExportError
 from dmq_export.layer import LayerSpec
-from dmq_export.network import build_network, predict
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-    from torch import Tensor, nn
-
-    from dmq_export.checkpoint import Checkpoint
-
-DOMAIN = "dmq"
-OPSET = 21
-OUTPUT = "out_sample"
-BATCH = "batch"
+from dmq_export.marker import BATCH, DOMAIN, OPSET, OUTPUT
 
 
 def trace_network(checkpoint: Checkpoint) -> ir.Model:
@@ -41,9 +32,7 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
     Raises:
         ExportError: PyTorch cannot trace the model.
     """
-    import torch
-
-    network = build_network(checkpoint, {layer.spec.name: _marker(layer.spec) for layer in checkpoint.layers})
+    network = build_network(checkpoint, {layer.spec.name: _Marker(layer.spec) for layer in checkpoint.layers})
     probe = checkpoint.probe
     count = probe.sample.shape[1]
     rows = np.arange(max(count, 2)) % count  # a batch of one would be taken for a constant
@@ -54,7 +43,7 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
     try:
         with _quiet():
             program = torch.onnx.export(
-                _positional(network, list(conditioning)),
+                _Positional(network, list(conditioning)).eval(),
                 (torch.from_numpy(probe.sample[0, rows]), torch.tensor(float(probe.timesteps[0]))),
                 kwargs={"conditioning": conditioning},
                 dynamo=True,
@@ -76,8 +65,6 @@ def trace_network(checkpoint: Checkpoint) -> ir.Model:
 
 def _name_batch(model: ir.Model) -> None:
     """Call the batch axis ``batch`` everywhere; PyTorch loses the name where only one input has the axis."""
-    import onnx_ir as ir
-
     batch = model.graph.inputs[0].shape
     symbol = batch[0].value if batch is not None and isinstance(batch[0], ir.SymbolicDim) else None
     if symbol is None or symbol == BATCH:
@@ -93,8 +80,6 @@ def _name_batch(model: ir.Model) -> None:
 
 def _drop_idle_squeezes(graph: ir.Graph) -> None:
     """Remove every Squeeze of an axis that is not of size 1: nothing in PyTorch (PixArt has one), refused by ONNX."""
-    import onnx_ir as ir
-
     for node in [node for node in graph if node.op_type == "Squeeze" and len(node.inputs) == 2]:
         x, axes = node.inputs
         constant = None if axes is None else ir.convenience.get_const_tensor(axes)
@@ -106,41 +91,41 @@ def _drop_idle_squeezes(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def _positional(network: nn.Module, names: list[str]) -> nn.Module:
-    """The network with conditioning as one dictionary argument and a plain tensor as its result."""
-    import torch
-    from torch import nn
+class _Positional(nn.Module):
+    """The network with conditioning as one dictionary argument and a plain tensor as its result.
 
-    class Positional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
+    Args:
+        names: of the conditioning, in the order of the graph's inputs.
+    """
 
-        def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            for value in conditioning.values():  # or PyTorch takes each input's batch for a size of its own
-                torch._check(value.shape[0] == sample.shape[0])  # type: ignore[no-untyped-call]
-            return predict(self.network, sample, timestep, {name: conditioning[name] for name in names})
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.names = names
 
-    return Positional().eval()
+    def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        for value in conditioning.values():  # or PyTorch takes each input's batch for a size of its own
+            torch._check(value.shape[0] == sample.shape[0])  # type: ignore[no-untyped-call]
+        return predict(self.network, sample, timestep, {name: conditioning[name] for name in self.names})
 
 
-def _marker(spec: LayerSpec) -> nn.Module:
-    import torch
-    from torch import nn
+class _Marker(nn.Module):
+    """Stands where the layer ``spec`` does, and is traced as one node."""
 
-    class Marker(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            marked: Tensor = torch.onnx.ops.symbolic(
-                f"{DOMAIN}::Layer",
-                (x,),
-                {"layer": spec.name},
-                dtype=x.dtype,
-                shape=_output_shape(spec, list(x.shape)),
-                version=1,
-            )
-            return marked
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec = spec
 
-    return Marker()
+    def forward(self, x: Tensor) -> Tensor:
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Layer",
+            (x,),
+            {"layer": self.spec.name},
+            dtype=x.dtype,
+            shape=_output_shape(self.spec, list(x.shape)),
+            version=1,
+        )
+        return marked
 
 
 def _output_shape(spec: LayerSpec, shape: list[Any]) -> list[Any]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calib.families import example_conditioning
-from calib.hooks import hooked
-from calib.model import SourceModel, predict
+from calib.model.families import example_conditioning
+from calib.model.hooks import hooked
+from calib.model.load import SourceModel
+from calib.model.network import predict
 from dmq_export.bits import Bits
 from dmq_export.coverage import Coverage, FloatLayer
 from dmq_export.errors import ModelError

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.families import Family, family_of
+from calib.model.families import Family, family_of
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.files import read_json, sha256
-from dmq_export.network import predict as predict  # the exporter traces exactly what calibration runs
 from dmq_export.signature import FLUX, sample_shape
 
 DENOISER_FOLDERS = ("unet", "transformer")

@@ -10,9 +10,9 @@ from models import NETWORKS, SAMPLE_SIZE, TINY_RECIPE, save_tiny_network, tiny_n
 from torch import nn
 
 from calib.calibrate import calibrate
-from calib.model import load_model
+from calib.model.layers import survey
+from calib.model.load import load_model
 from calib.plan import Limits
-from calib.survey import survey
 from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx

@@ -12,9 +12,9 @@ from layers import SPECS, conv2d, linear, random_input, random_layer, specs
 from reference import add_bias, along, dequantize_input, dequantize_weight, layer_output, operate, quantize_input
 from torch import Tensor, nn
 
-from calib.model import SourceModel, load_model
-from calib.reference import ReferenceLayer, ReferenceModel, StepIndex, load_reference, perturbed, quantized
-from calib.reference import record_layers as record
+from calib.model.fake_quantized import ReferenceLayer, ReferenceModel, StepIndex, load_reference, perturbed, quantized
+from calib.model.fake_quantized import record_layers as record
+from calib.model.load import SourceModel, load_model
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
