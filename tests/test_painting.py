@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pipelines import save_tiny_pipeline
 
-from calib.decoder import decode
+from calib.pipeline.vae import decode
 from dmq_export.commands.painting import painter
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts

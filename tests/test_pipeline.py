@@ -19,11 +19,11 @@ from models import TINY_RECIPE, UNET, save_tiny_network
 from pipelines import TEXTUAL, UNCONDITIONAL, save_tiny_pipeline
 
 from calib.calibrate import calibrate
-from calib.decoder import decode, decoder_folder
 from calib.model.schedulers import build_scheduler
-from calib.pipeline import EngineDenoiser, build_pipeline
+from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline
+from calib.pipeline.text_encoder import encode_prompts
+from calib.pipeline.vae import decode, decoder_folder
 from calib.plan import Limits
-from calib.text import encode_prompts
 from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx

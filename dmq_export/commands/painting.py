@@ -33,7 +33,7 @@ def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
     if pipeline is None:
         require_pictures(sample_shape(facts.config)[0])
         return lambda samples: samples
-    from calib.decoder import decode, decoder_folder
+    from calib.pipeline.vae import decode, decoder_folder
 
     if not pipeline.is_dir():
         raise DmqError(f"{pipeline} is not a folder: give a local diffusers pipeline's folder with --pipeline")

@@ -34,7 +34,7 @@ def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | 
     """
     require("load_pipeline", "torch", "diffusers")
     from calib.model.load import read_config
-    from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name
+    from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline, denoiser_name
 
     folder = model_folder(str(model))
     opened = open_engine(Path(engine), execution or Execution())

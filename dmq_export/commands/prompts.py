@@ -64,7 +64,7 @@ class Prompting:
 
         Args:
             pipeline: folder whose text encoder reads the prompts.
-            guidance_scale, device, sample_size: as :func:`calib.text.encode_prompts`.
+            guidance_scale, device, sample_size: as :func:`calib.pipeline.text_encoder.encode_prompts`.
 
         Raises:
             DmqError: a file is bad, there is no pipeline for prompts, or it cannot encode them.
@@ -92,7 +92,7 @@ def _encode(
 ) -> Embeddings:
     import torch
 
-    from calib.text import encode_prompts
+    from calib.pipeline.text_encoder import encode_prompts
 
     with progress.stage("prompts", len(prompts), "prompt") as advance:
         return encode_prompts(

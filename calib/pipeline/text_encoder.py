@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calib.device import reproducible
 from calib.model.load import read_config
-from calib.pipeline import EngineDenoiser, build_pipeline, denoiser_name, reason
+from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline, denoiser_name, reason
 from dmq_export.arguments import GUIDANCE, LABELS, arguments
 from dmq_export.embeddings import Arrays, Embeddings, fitted
 from dmq_export.errors import ModelError

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from models import FLUX, save_tiny_network
 from pipelines import TEXT_LENGTH, TEXTUAL, save_tiny_pipeline
 
-from calib import text
-from calib.text import encode_prompts
+import calib.pipeline.text_encoder
+from calib.pipeline.text_encoder import encode_prompts
 from dmq_export.embeddings import Embeddings
 from dmq_export.errors import ModelError
 
@@ -86,7 +86,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(folders: dict[str, Pat
 def test_batches_of_prompts_make_the_same_embeddings(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pipeline_folder(folders, "sd")
     whole = encoded(folder, "sd")
-    monkeypatch.setattr(text, "BATCH", 2)
+    monkeypatch.setattr(calib.pipeline.text_encoder, "BATCH", 2)
     done: list[int] = []
     parts = encoded(folder, "sd", advance=done.append)
     assert done == [2, 1]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipelines import save_tiny_pipeline
 
-from calib.decoder import decode, decoder_folder, unpacked, unscaled
+from calib.pipeline.vae import decode, decoder_folder, unpacked, unscaled
 from dmq_export.errors import ModelError
 
 

@@ -1,0 +1,1 @@
+"""What surrounds a denoiser in a diffusers pipeline: the pipeline itself, its text encoders, its decoder."""
