@@ -25,12 +25,12 @@ import torch
 
 import calib.fit
 from calib.calibrate import calibrated
-from calib.capture import LayerInputs
 from calib.les import LesResult, LesSettings, fit_les
 from calib.model.denoiser import reference_denoiser
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
 from calib.plan import Limits
+from calib.record.layer_inputs import LayerInputs
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint

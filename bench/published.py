@@ -38,7 +38,6 @@ from published_code import Denoise, FittingClock, calibrated_as_published, let_i
 from random_unet import UNet2DModel, save_unet
 
 from calib.calibrate import calibrated
-from calib.conditioning import conditioning_for
 from calib.metrics import prediction_sqnr
 from calib.model.fake_quantized import load_reference
 from calib.model.layers import survey
@@ -46,7 +45,8 @@ from calib.model.load import SourceModel, load_model
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler
 from calib.plan import Limits
-from calib.trajectories import SamplerSettings, Trajectories, record_trajectories
+from calib.record.conditioning import recipe_conditioning
+from calib.record.trajectories import SamplerSettings, Trajectories, record_trajectories
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.noise import initial_noise
@@ -174,7 +174,7 @@ def _recipe(run: Run) -> Recipe:
 def _trajectories(source: SourceModel, recipe: Recipe, name: str, count: int) -> Trajectories:
     """What :func:`calibrated` records under that name."""
     settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta)
-    told = conditioning_for(source, recipe, count)
+    told = recipe_conditioning(source, recipe, count)
     return record_trajectories(source, settings, told, range(count), seed=stream_seed(recipe.seed, name))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.model.load import SourceModel
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 from dmq_export.recipe import Recipe
 
 SAME_MAPPING = 1e-4  # of the prediction: the two networks add in another order

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCalls, whole_output
 from calib.model.layers import Block
 from calib.model.network import replace_modules
 from calib.quant.fake_quant import QParams
 from calib.quant.patches import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
+from calib.record.block_inputs import BlockCalls, whole_output
 from dmq_export.layer import QuantizedLayer
 from dmq_export.seeds import stream_seed
 

@@ -21,9 +21,9 @@ from calib.model.network import float_tensors
 from calib.model.schedulers import build_scheduler, step_options
 from calib.plan import Limits, Plan, make_plan
 from calib.ranks import Ranks, torchrun_ranks
+from calib.record.work_folder import WorkFolder, open_work, require_work, started_with
 from calib.stages import Stages
 from calib.successive import why_no_kernel
-from calib.work import WorkFolder, open_work, require_work, started_with
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError

@@ -7,7 +7,7 @@ from torch import Tensor
 from calib.metrics import prediction_sqnr
 from calib.model.fake_quantized import quantized
 from calib.model.load import SourceModel
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 from dmq_export.checkpoint import Probe
 from dmq_export.layer import QuantizedLayer
 

@@ -9,16 +9,16 @@ from functools import partial
 import torch
 
 from calib.adaround import BATCH
-from calib.capture import Extrema, LayerInputs, columns_of, patch_rows
 from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
 from calib.footprint import evaluate_zeros
 from calib.gptq import SWEEPS
 from calib.les import OUTPUTS
 from calib.model.load import SourceModel
+from calib.record.conditioning import Conditioning
+from calib.record.layer_inputs import Extrema, LayerInputs, columns_of, patch_rows
 from calib.replay import WARM_UP
 from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.sensitivity import SAMPLES, STEPS
-from calib.trajectories import Conditioning
 from calib.weight_grid import CANDIDATES, NEAR
 from calib.weight_grid import LOOKED_AT as GRID
 from calib.workers import one_thread

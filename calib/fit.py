@@ -9,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.capture import LayerInputs
 from calib.les import LesResult, LesSettings, fit_les
 from calib.metrics import decibels
 from calib.quant.fake_quant import QParams, choose_qparams
 from calib.quant.patches import dequantized_weight, product, scaled_weight, weight_matrix
 from calib.ranges import activation_range, clip_range, quantized_patches
+from calib.record.layer_inputs import LayerInputs
+from calib.record.work_folder import WorkFolder
 from calib.rounding import learned_gain, round_weight
 from calib.weight_grid import grid_qparams, minmax_qparams
-from calib.work import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.recipe import Recipe
 from dmq_export.seeds import stream_seed

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from calib.adaround import BATCH
-from calib.block_calls import call_bytes, split_blocks
-from calib.capture import capture_bytes, columns_of, patch_rows
 from calib.device import memory_held
 from calib.fit import LOOKED_AT
 from calib.les import OUTPUTS
@@ -20,9 +18,11 @@ from calib.model.hooks import hooked
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
 from calib.model.network import predict
+from calib.record.block_inputs import call_bytes, split_blocks
+from calib.record.conditioning import Conditioning
+from calib.record.layer_inputs import capture_bytes, columns_of, patch_rows
+from calib.record.row_writer import MOST_WAITING
 from calib.rounding import CHUNK
-from calib.row_writer import MOST_WAITING
-from calib.trajectories import Conditioning
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
@@ -143,7 +143,7 @@ def activation_bytes(source: SourceModel, told: Conditioning) -> int:
 def evaluate_zeros(source: SourceModel, told: Conditioning, batch: int) -> None:
     """Run the model once, on ``batch`` samples of zeros, each with the first row of what is ``told``."""
     device = next(source.network.parameters()).device
-    given = {key: value[:1].expand(batch, *value.shape[1:]).to(device) for key, value in told.given.items()}
+    given = {key: value[:1].expand(batch, *value.shape[1:]).to(device) for key, value in told.conditional.items()}
     with torch.no_grad():
         sample = torch.zeros(batch, *source.sample_shape, device=device)
         predict(source.network, sample, torch.tensor(1.0, device=device), given).cpu()

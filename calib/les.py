@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calib.capture import LayerInputs
 from calib.quant.fake_quant import QParams, choose_qparams, fake_quantize
 from calib.quant.patches import product, tau_columns, weight_columns, weight_matrix
 from calib.ranges import activation_range, quantized_patches
+from calib.record.layer_inputs import LayerInputs
 from calib.replay import Replayed
 from calib.weight_grid import minmax_qparams
 from calib.weighting import TimestepWeights

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 
 CEILING = 120.0  # dB: float32 itself is no better
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from calib.capture import capture_bytes
-from calib.conditioning import conditioning_for
 from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
 from calib.duration import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from calib.footprint import WORKER_BYTES, footprint
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
-from calib.work import WorkFolder
+from calib.record.conditioning import recipe_conditioning
+from calib.record.layer_inputs import capture_bytes
+from calib.record.work_folder import WorkFolder
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import in_words
@@ -121,7 +121,7 @@ def make_plan(
         DmqError: no plan does.
     """
     specs = surveyed.coverage.quantized
-    told = conditioning_for(source, recipe, 1)
+    told = recipe_conditioning(source, recipe, 1)
     rows = recipe.samples * told.branches
     evaluations = rows * recipe.steps
     families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)

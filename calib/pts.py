@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.capture import Place, replay
 from calib.quant.fake_quant import QParams, fake_quantize
 from calib.quant.patches import expand_parts
-from calib.trajectories import Trajectories
+from calib.record.layer_inputs import Place, replay
+from calib.record.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
 
 EXPONENTS = 4  # k in 0..3

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from calib.capture import Extrema, LayerInputs
 from calib.quant.fake_quant import QParams, Range, choose_qparams, fake_quantize
 from calib.quant.patches import expand_parts, product, weight_matrix
+from calib.record.layer_inputs import Extrema, LayerInputs
 from dmq_export.layer import LayerSpec
 
 CLIP_FACTORS = tuple(1 - 0.05 * step for step in range(1, 13))  # 0.95 .. 0.40

@@ -11,7 +11,7 @@ import torch
 
 from calib.model.fake_quantized import quantized
 from calib.model.load import SourceModel
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 

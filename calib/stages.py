@@ -14,10 +14,7 @@ import numpy as np
 import torch
 
 from calib.adaround import adaround
-from calib.block_calls import CallRecorder
-from calib.capture import Captures, Place, Visit, inputs_seen
 from calib.check import VARIANTS, sqnr_by_step
-from calib.conditioning import conditioning_for
 from calib.device import evaluating
 from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
 from calib.model.layers import Survey
@@ -26,9 +23,12 @@ from calib.plan import Family, Plan
 from calib.pts import count_votes, decide
 from calib.quant.patches import weight_of
 from calib.ranks import Ranks
+from calib.record.block_inputs import CallRecorder
+from calib.record.conditioning import recipe_conditioning
+from calib.record.layer_inputs import Captures, Place, Visit, inputs_seen
+from calib.record.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
+from calib.record.work_folder import WorkFolder
 from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
-from calib.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
-from calib.work import WorkFolder
 from calib.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
@@ -60,7 +60,7 @@ class Stages:
         """
         recipe = self.recipe.held_out() if held_out else self.recipe
         settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
-        conditioning = conditioning_for(self.source, recipe, count)
+        conditioning = recipe_conditioning(self.source, recipe, count)
         branches, extent = conditioning.branches, extent_of(self.source, settings, conditioning, count)
         captures = None if held_out else self._captures(self.plan.passes[0], extent, branches)
         batches = {f"{name}/{batch.start}": batch for batch in _parted(count, self.plan.batch)}

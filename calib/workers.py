@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from calib.capture import Captures, LayerInputs
 from calib.fit import FloatLayer, equivalent_scaling, fit_layer
-from calib.work import WorkFolder
+from calib.record.layer_inputs import Captures, LayerInputs
+from calib.record.work_folder import WorkFolder
 from dmq_export.errors import DmqError
 from dmq_export.recipe import Recipe
 

@@ -13,10 +13,10 @@ from reference import add_bias, along, dequantize_weight, operate, shift_of_colu
 from torch import Tensor, nn
 
 from calib.adaround import SoftLayer, adaround, squared_error
-from calib.block_calls import CallRecorder
 from calib.model.fake_quantized import quantized
 from calib.model.layers import Block
-from calib.trajectories import Trajectories
+from calib.record.block_inputs import CallRecorder
+from calib.record.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 

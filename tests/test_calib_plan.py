@@ -18,14 +18,13 @@ from torch import Tensor, nn
 import calib.device
 import calib.footprint
 from calib.calibrate import planned, work_folder
-from calib.capture import capture_bytes
-from calib.conditioning import conditioning_for
 from calib.footprint import Footprint, activation_bytes, fit_bytes, footprint
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
 from calib.plan import Limits, make_plan, split_passes
-from calib.trajectories import Conditioning
-from calib.work import WorkFolder
+from calib.record.conditioning import Conditioning, recipe_conditioning
+from calib.record.layer_inputs import capture_bytes
+from calib.record.work_folder import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
@@ -148,7 +147,7 @@ def test_processes_of_one_machine_share_its_free_memory(
 
 def test_adaround_needs_room_for_recorded_calls_and_gradients(small: SourceModel, tmp_path: Path) -> None:
     surveyed = survey(small, Bits(4, 8), "asymmetric", ())
-    told = conditioning_for(small, TINY_RECIPE, 1)
+    told = recipe_conditioning(small, TINY_RECIPE, 1)
 
     def needed(samples: int, round_samples: int) -> Footprint:
         recipe = replace(TINY_RECIPE, samples=samples, rounding="adaround", round_iterations=1)

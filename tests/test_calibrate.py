@@ -18,11 +18,11 @@ from torch import nn
 import calib.plan
 import calib.stages
 from calib.calibrate import calibrate
-from calib.conditioning import conditioning_for
 from calib.model.fake_quantized import quantized
 from calib.model.load import load_model
 from calib.plan import Limits
-from calib.trajectories import Trajectories
+from calib.record.conditioning import recipe_conditioning
+from calib.record.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.errors import DmqError, ModelError
@@ -246,17 +246,17 @@ def test_both_branches_of_guidance_vote(labelled_model: Path, tmp_path: Path, mo
 
 def test_labels_cycle_and_the_null_label_stands_in_the_other_branch(labelled_model: Path) -> None:
     source = load_model(labelled_model, torch.device("cpu"))
-    asked = conditioning_for(source, replace(RECIPE, labels=(2, 0)), 5)
-    assert asked.given["class_labels"].tolist() == [2, 0, 2, 0, 2]
+    asked = recipe_conditioning(source, replace(RECIPE, labels=(2, 0)), 5)
+    assert asked.conditional["class_labels"].tolist() == [2, 0, 2, 0, 2]
     assert asked.unconditional == {}
-    guided = conditioning_for(source, replace(RECIPE, guidance_scale=3.0, null_label=1), 3)
-    assert guided.given["class_labels"].tolist() == [0, 2, 0]
+    guided = recipe_conditioning(source, replace(RECIPE, guidance_scale=3.0, null_label=1), 3)
+    assert guided.conditional["class_labels"].tolist() == [0, 2, 0]
     assert guided.unconditional["class_labels"].tolist() == [1, 1, 1]
 
 
 def test_a_model_without_labels_is_given_none(small_model: Path) -> None:
-    conditioning = conditioning_for(load_model(small_model, torch.device("cpu")), RECIPE, 5)
-    assert (conditioning.given, conditioning.unconditional) == ({}, {})
+    conditioning = recipe_conditioning(load_model(small_model, torch.device("cpu")), RECIPE, 5)
+    assert (conditioning.conditional, conditioning.unconditional) == ({}, {})
 
 
 BAD_RECIPES = {

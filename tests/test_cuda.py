@@ -24,11 +24,11 @@ from torch import Tensor
 import calib.calibrate
 import calib.successive
 from calib.calibrate import calibrate, planned
-from calib.capture import Extrema, LayerInputs
 from calib.gptq import gptq_codes
 from calib.les import LesSettings, fit_les
 from calib.plan import Limits
 from calib.quant.fake_quant import QParams
+from calib.record.layer_inputs import Extrema, LayerInputs
 from calib.replay import Replayed
 from calib.stages import Stages
 from dmq_export.bits import Bits

@@ -10,9 +10,9 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 
 import calib.duration
-from calib.capture import columns_of
 from calib.duration import _line, _rest_nanoseconds, fit_seconds
 from calib.model.load import SourceModel, load_model
+from calib.record.layer_inputs import columns_of
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 

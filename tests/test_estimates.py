@@ -7,11 +7,11 @@ import torch
 
 import calib.device
 import calib.duration
-from calib.conditioning import conditioning_for
 from calib.duration import fit_seconds, stage_seconds
 from calib.footprint import footprint
 from calib.model.layers import Survey, survey
 from calib.model.load import SourceModel, load_model
+from calib.record.conditioning import recipe_conditioning
 from dmq_export.bundled import model_folder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe, recipe_from
@@ -45,7 +45,7 @@ def test_the_bytes_of_the_bundled_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calib.device, "current_memory", lambda: 10**9)
-    bytes_held = asdict(footprint(digits, surveyed, recipe, conditioning_for(digits, recipe, 1)))
+    bytes_held = asdict(footprint(digits, surveyed, recipe, recipe_conditioning(digits, recipe, 1)))
     activations = bytes_held.pop("sample")  # depends on how diffusers cuts the network into modules
     assert activations == pytest.approx(788_352, rel=0.1)
     assert bytes_held == {

@@ -12,11 +12,11 @@ from reference import dequantize_input, dequantize_weight, operate, quantize_inp
 from torch import nn
 
 import calib.fit
-from calib.capture import Extrema, LayerInputs
 from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
 from calib.les import OUTPUTS
 from calib.quant.patches import weight_of
-from calib.work import WorkFolder
+from calib.record.layer_inputs import Extrema, LayerInputs
+from calib.record.work_folder import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 

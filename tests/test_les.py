@@ -12,8 +12,8 @@ from layers import SPECS, linear, specs
 from reference import shift_of_columns
 
 import calib.les
-from calib.capture import Extrema, LayerInputs
 from calib.les import LesResult, LesSettings, fit_les
+from calib.record.layer_inputs import Extrema, LayerInputs
 from dmq_export.layer import LayerSpec
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.metrics import CEILING, decibels, prediction_sqnr
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 
 # decibels are computed in float32: 1e-6 of 120 dB
 TOLERANCE = 1e-3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calib.pts import best_exponents, count_votes, decide, exponents
 from calib.quant.fake_quant import QParams
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 SEEDS = st.integers(0, 2**16)

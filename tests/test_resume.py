@@ -17,9 +17,9 @@ from models import TINY_RECIPE, save_small_model, save_tiny_model
 import calib.plan
 import calib.stages
 from calib.calibrate import calibrate, planned, work_folder
-from calib.capture import Captures
 from calib.plan import Limits
-from calib.work import WorkFolder
+from calib.record.layer_inputs import Captures
+from calib.record.work_folder import WorkFolder
 from dmq_export.checkpoint import FACTS, TENSORS
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress

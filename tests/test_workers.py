@@ -10,13 +10,14 @@ import pytest
 import torch
 from models import TINY_RECIPE
 
-from calib.capture import Captures
 from calib.fit import FloatLayer, fit_key, load_fit
 from calib.model.layers import survey
 from calib.model.load import load_model
 from calib.quant.patches import weight_of
-from calib.trajectories import Conditioning, SamplerSettings, record_trajectories
-from calib.work import WorkFolder
+from calib.record.conditioning import Conditioning
+from calib.record.layer_inputs import Captures
+from calib.record.trajectories import SamplerSettings, record_trajectories
+from calib.record.work_folder import WorkFolder
 from calib.workers import FitTask, one_thread, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError

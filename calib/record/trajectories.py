@@ -16,6 +16,7 @@ from torch import Tensor
 from calib.model.load import SourceModel
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler, step_options
+from calib.record.conditioning import Conditioning
 from dmq_export.noise import initial_noise
 from dmq_export.sampling import Evaluation, Guidance, sample
 from dmq_export.seeds import stream_seed
@@ -38,25 +39,6 @@ class SamplerSettings:
     steps: int = 20
     eta: float = 0.0
     guidance_scale: float | None = None
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the network is told besides the noisy sample, each ``[S, ...]`` by argument name.
-
-    Attributes:
-        given: for the samples.
-        unconditional: the same for guidance's other branch; empty without guidance, and for a model that is told
-            the guidance scale.
-    """
-
-    given: Mapping[str, Tensor]
-    unconditional: Mapping[str, Tensor]
-
-    @property
-    def branches(self) -> int:
-        """Evaluations of the network per sample and step."""
-        return 2 if self.unconditional else 1
 
 
 @dataclass(frozen=True)
@@ -162,9 +144,9 @@ def record_trajectories(
     """
     device = next(source.network.parameters()).device
     scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps, source.config)
-    given, without = (
+    conditional, unconditional = (
         {key: value[indices.start : indices.stop].to(device) for key, value in branch.items()}
-        for branch in (conditioning.given, conditioning.unconditional)
+        for branch in (conditioning.conditional, conditioning.unconditional)
     )
     generators = [torch.Generator().manual_seed(stream_seed(seed, "steps", i)) for i in indices]
     scale = settings.guidance_scale
@@ -174,8 +156,8 @@ def record_trajectories(
             _watched(source, recorder, watch),
             torch.from_numpy(initial_noise(source.sample_shape, indices, seed)).to(device),
             scheduler,
-            given,
-            guidance=Guidance(scale, without, torch.cat) if without and scale is not None else None,
+            conditional,
+            guidance=Guidance(scale, unconditional, torch.cat) if unconditional and scale is not None else None,
             step_options=step_options(scheduler, eta=settings.eta, generators=generators),
             callback=recorder.note,
         )

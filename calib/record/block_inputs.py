@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calib.model.hooks import hooked
 from calib.model.network import predict
-from calib.trajectories import Trajectories
+from calib.record.trajectories import Trajectories
 
 MOST_BYTES = 2**30  # of the calls held at once
 

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from layers import conv2d, linear
 from torch import Tensor, nn
 
-from calib.capture import (
+from calib.model.layers import survey
+from calib.model.load import SourceModel, load_model
+from calib.model.network import predict
+from calib.record.conditioning import Conditioning
+from calib.record.layer_inputs import (
     GROUP,
     Captures,
     LayerInputs,
@@ -24,11 +28,8 @@ from calib.capture import (
     patch_rows,
     replay,
 )
-from calib.model.layers import survey
-from calib.model.load import SourceModel, load_model
-from calib.model.network import predict
-from calib.trajectories import Conditioning, SamplerSettings, Trajectories, extent_of, record_trajectories
-from calib.work import WorkFolder
+from calib.record.trajectories import SamplerSettings, Trajectories, extent_of, record_trajectories
+from calib.record.work_folder import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from calib.model.load import SourceModel, load_model
 from calib.model.network import predict
-from calib.trajectories import Conditioning, SamplerSettings, Trajectories, _last_visits, record_trajectories
+from calib.record.conditioning import Conditioning
+from calib.record.trajectories import SamplerSettings, Trajectories, _last_visits, record_trajectories
 from dmq_export.errors import DmqError
 
 STEPS = 4

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import calib.work
-from calib.work import FINGERPRINT, WorkFolder, open_work, require_work
+import calib.record.work_folder
+from calib.record.work_folder import FINGERPRINT, WorkFolder, open_work, require_work
 from dmq_export.errors import DmqError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 OURS: dict[str, Any] = {"model": "abc", "recipe.samples": 4}
 
 
@@ -70,7 +70,7 @@ def test_an_item_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypat
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(calib.work, "save_file", half)
+    monkeypatch.setattr(calib.record.work_folder, "save_file", half)
     with pytest.raises(DmqError, match=r"fits/a.safetensors cannot be written \(No space left .*repeat the command"):
         WorkFolder(tmp_path).save("fits/a", {"a": torch.zeros(4)})
     assert list((tmp_path / "fits").iterdir()) == []
@@ -148,7 +148,7 @@ def test_a_failure_after_something_is_finished_keeps_it(tmp_path: Path) -> None:
 def test_two_processes_do_not_use_one_folder(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from calib.work import open_work
+from calib.record.work_folder import open_work
 from dmq_export.errors import DmqError
 try:
     with open_work(Path({str(tmp_path / "w")!r}), {OURS!r}):

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import calib.block_calls
-from calib.block_calls import BlockCalls, CallRecorder, _recorded, call_bytes, split_blocks, whole_output
-from calib.trajectories import Trajectories
+import calib.record.block_inputs
+from calib.record.block_inputs import BlockCalls, CallRecorder, _recorded, call_bytes, split_blocks, whole_output
+from calib.record.trajectories import Trajectories
 
 SAMPLES = 5
 TIMESTEPS = torch.tensor([80.0, 20.0])
@@ -106,7 +106,7 @@ def test_blocks_that_do_not_fit_together_are_recorded_one_after_the_other(
 ) -> None:
     # one evaluation: 12 numbers in, 12 out, a shift; pair puts out twice as much; last as gain without a shift
     assert list(recorder_sizes(network, trajectories).values()) == [4 * 25, 4 * 36, 4 * 24]
-    monkeypatch.setattr(calib.block_calls, "MOST_BYTES", 4 * 36 * STEPS * 3)
+    monkeypatch.setattr(calib.record.block_inputs, "MOST_BYTES", 4 * 36 * STEPS * 3)
     made = recorder(network, trajectories)
     assert made.groups == [{"gain": 4}, {"pair": 3}, {"last": 4}]
     for name, samples in (("gain", 4), ("pair", 3), ("last", 4)):
@@ -135,7 +135,7 @@ def test_every_block_is_in_one_group_and_its_samples_depend_on_its_size_alone(
     sizes: dict[str, int], steps: int, samples: int, evaluations: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calib.block_calls, "MOST_BYTES", 10_000)
+        patch.setattr(calib.record.block_inputs, "MOST_BYTES", 10_000)
         groups = split_blocks(sizes, steps, samples, evaluations)
         alone = {name: split_blocks({name: size}, steps, samples, evaluations)[0][name] for name, size in sizes.items()}
     assert [name for group in groups for name in group] == list(sizes)

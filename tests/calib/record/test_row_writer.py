@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import calib.row_writer
-from calib.row_writer import RowWriter
+import calib.record.row_writer
+from calib.record.row_writer import RowWriter
 from dmq_export.errors import DmqError
 
 
@@ -22,8 +22,8 @@ def test_rows_written_in_any_order_are_where_they_belong(order: list[int], width
     """As on a GPU, where some bytes wait."""
     content = torch.arange(14.0 * width).view(14, width)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as now:
-        now.setattr(calib.row_writer, "on_gpu", lambda _: True)
-        now.setattr(calib.row_writer, "MOST_WAITING", waiting)
+        now.setattr(calib.record.row_writer, "on_gpu", lambda _: True)
+        now.setattr(calib.record.row_writer, "MOST_WAITING", waiting)
         file = Path(folder) / "rows"
         file.touch()
         writer = RowWriter()
@@ -34,8 +34,8 @@ def test_rows_written_in_any_order_are_where_they_belong(order: list[int], width
 
 
 def test_rows_on_a_gpu_wait_until_they_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calib.row_writer, "on_gpu", lambda _: True)
-    monkeypatch.setattr(calib.row_writer, "MOST_WAITING", 8)
+    monkeypatch.setattr(calib.record.row_writer, "on_gpu", lambda _: True)
+    monkeypatch.setattr(calib.record.row_writer, "MOST_WAITING", 8)
     file, writer, sizes = tmp_path / "rows", RowWriter(), []
     file.touch()
     for row in range(6):

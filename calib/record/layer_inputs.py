@@ -18,9 +18,9 @@ from calib.model.hooks import hooked
 from calib.model.network import predict
 from calib.quant.patches import draw_positions, take_patches
 from calib.quant.second_moments import SecondMoments
-from calib.row_writer import RowWriter
-from calib.trajectories import Extent, Trajectories
-from calib.work import WorkFolder
+from calib.record.row_writer import RowWriter
+from calib.record.trajectories import Extent, Trajectories
+from calib.record.work_folder import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.seeds import stream_seed
 

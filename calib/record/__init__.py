@@ -1,0 +1,1 @@
+"""What the float network sees on its way from noise to samples, and what its layers and blocks do."""
