@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-import calib.fit
+import calib.fit.layer
 from calib.calibrate import calibrated
-from calib.les import LesResult, LesSettings, fit_les
+from calib.fit.les import LesResult, LesSettings, fit_les
 from calib.model.denoiser import reference_denoiser
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
@@ -113,7 +113,7 @@ def scores_of(task: Task) -> dict[str, Score]:
     """Every recipe, one after the other."""
     torch.set_num_threads(1)
     source = load_model(BUNDLED / "digits", torch.device("cpu"))
-    calib.fit.fit_les = remembering(fit_les)  # type: ignore[attr-defined]
+    calib.fit.layer.fit_les = remembering(fit_les)  # type: ignore[attr-defined]
     recipes = {name: recipe for title in task.tables for name, recipe in task.recipes(title).items()}
     scores = {}
     for name, recipe in recipes.items():

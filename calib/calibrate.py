@@ -15,6 +15,7 @@ import torch
 
 from calib.check import probe_of
 from calib.device import device_name, reproducible
+from calib.fit.column_rounding import why_no_kernel
 from calib.model.layers import Survey, survey
 from calib.model.load import SourceModel, load_model
 from calib.model.network import float_tensors
@@ -23,7 +24,6 @@ from calib.plan import Limits, Plan, make_plan
 from calib.ranks import Ranks, torchrun_ranks
 from calib.record.work_folder import WorkFolder, open_work, require_work, started_with
 from calib.stages import Stages
-from calib.successive import why_no_kernel
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError

@@ -8,25 +8,24 @@ from functools import partial
 
 import torch
 
-from calib.adaround import BATCH
-from calib.fit import LOOKED_AT, FloatLayer, equivalent_scaling, fit_layer
+from calib.fit.adaround import BATCH
+from calib.fit.cuda_graph import WARM_UP_CALLS
+from calib.fit.gptq import SWEEPS
+from calib.fit.layer import EVALUATED_NUMBERS, LayerWeights, equivalent_scaling, fit_layer
+from calib.fit.les import LES_OUTPUTS
+from calib.fit.mixed_precision import SAMPLES, STEPS
+from calib.fit.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
+from calib.fit.weight_range import CANDIDATES, COARSE_COLUMNS, NEAR
 from calib.footprint import evaluate_zeros
-from calib.gptq import SWEEPS
-from calib.les import OUTPUTS
 from calib.model.load import SourceModel
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import Extrema, LayerInputs, columns_of, patch_rows
-from calib.replay import WARM_UP
-from calib.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
-from calib.sensitivity import SAMPLES, STEPS
-from calib.weight_grid import CANDIDATES, NEAR
-from calib.weight_grid import LOOKED_AT as GRID
 from calib.workers import one_thread
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
 PROBE_COLUMNS = 1200
-PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP + 1, 60)}  # of a short fit, and how many more in a longer one
+PROBE_ITERATIONS = {"cpu": (1, 8), "cuda": (WARM_UP_CALLS + 1, 60)}  # of a short fit, and how many more in a longer one
 CAPTURED = {"cpu": 2e8, "cuda": 1e9}  # bytes of patches that are gathered and written in a second
 TIMED, LONG = 3, 2.0
 
@@ -105,7 +104,7 @@ def _probe(source: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float,
     step = torch.arange(len(patches), device=weight.device) % recipe.steps
     inputs = LayerInputs(patches, step, Extrema(-high, high))
 
-    layer = FloatLayer(spec, weight, None)
+    layer = LayerWeights(spec, weight, None)
     few, more = PROBE_ITERATIONS[weight.device.type]
     least = min(recipe.les_iterations, few)  # without any, the gain of learned rounding is not estimated either
 
@@ -145,7 +144,7 @@ def _finish(function: Callable[[], object], device: torch.device) -> None:
 
 def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
     """What an LES iteration goes through: patches and weights."""
-    return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, OUTPUTS))
+    return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, LES_OUTPUTS))
 
 
 def _rest_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
@@ -158,8 +157,10 @@ def _rest_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
     chunk, outputs = min(columns, CHUNK), spec.out_channels // groups
     twice = groups + min(groups, GAIN_GROUPS)
     return (
-        (10 + 55 * clip) * min(LOOKED_AT, rows * columns * groups)
-        + 5 * spec.out_channels * (CANDIDATES * min(columns, GRID) + (2 * NEAR + 1) * max(columns - GRID, 0))
+        (10 + 55 * clip) * min(EVALUATED_NUMBERS, rows * columns * groups)
+        + 5
+        * spec.out_channels
+        * (CANDIDATES * min(columns, COARSE_COLUMNS) + (2 * NEAR + 1) * max(columns - COARSE_COLUMNS, 0))
         + 28e3 * (1 + SWEEPS) * twice * columns
         + 0.025 * groups * rows * columns * chunk / 2
         + 0.019 * twice * columns * chunk**2 / 3

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.adaround import BATCH
 from calib.device import memory_held
-from calib.fit import LOOKED_AT
-from calib.les import OUTPUTS
+from calib.fit.adaround import BATCH
+from calib.fit.layer import EVALUATED_NUMBERS
+from calib.fit.les import LES_OUTPUTS
+from calib.fit.rounding import CHUNK
 from calib.model.hooks import hooked
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
@@ -22,7 +23,6 @@ from calib.record.block_inputs import call_bytes, split_blocks
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import capture_bytes, columns_of, patch_rows
 from calib.record.row_writer import MOST_WAITING
-from calib.rounding import CHUNK
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
@@ -93,8 +93,8 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     weights, outputs = spec.out_channels * (5 * columns + 12 * chunk), 2 * patch_rows(spec) * spec.out_channels
     # the chunk's patches are gone when its moments are factored
     rounding = FLOAT * (max(6 * chunk**2, 2 * chunk**2 + 2 * patch_rows(spec) * chunk) + outputs + weights)
-    learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, OUTPUTS))
-    return patches + max(rounding, learning, 5 * FLOAT * LOOKED_AT)
+    learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, LES_OUTPUTS))
+    return patches + max(rounding, learning, 5 * FLOAT * EVALUATED_NUMBERS)
 
 
 def rounding_bytes(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> tuple[int, int]:

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib.adaround import adaround
 from calib.check import VARIANTS, sqnr_by_step
 from calib.device import evaluating
-from calib.fit import FloatLayer, LayerFit, fit_key, load_fit
+from calib.fit.adaround import adaround
+from calib.fit.layer import LayerFit, LayerWeights, fit_key, load_fit
+from calib.fit.mixed_precision import MORE, few_evaluations, most_sensitive, prediction_error
+from calib.fit.pts import count_votes, decide
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
 from calib.plan import Family, Plan
-from calib.pts import count_votes, decide
 from calib.quant.patches import weight_of
 from calib.ranks import Ranks
 from calib.record.block_inputs import CallRecorder
@@ -28,7 +29,6 @@ from calib.record.conditioning import recipe_conditioning
 from calib.record.layer_inputs import Captures, Place, Visit, inputs_seen
 from calib.record.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
 from calib.record.work_folder import WorkFolder
-from calib.sensitivity import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
@@ -233,14 +233,14 @@ class Stages:
         return all(fit_key(spec) in self.work for spec in specs)
 
     def _task(self, specs: Sequence[LayerSpec], captures: Captures) -> FitTask:
-        layers = tuple(self._float_layer(spec) for spec in specs)
+        layers = tuple(self._layer_weights(spec) for spec in specs)
         recipe = replace(self.recipe, embeddings=None)  # no fit looks at them, and they would go to every worker
         return FitTask(layers, captures, recipe, self.work, self.device)
 
-    def _float_layer(self, spec: LayerSpec) -> FloatLayer:
+    def _layer_weights(self, spec: LayerSpec) -> LayerWeights:
         module = self.source.network.get_submodule(spec.name)
         bias = module.bias
-        return FloatLayer(spec, weight_of(module), bias.detach() if isinstance(bias, torch.Tensor) else None)
+        return LayerWeights(spec, weight_of(module), bias.detach() if isinstance(bias, torch.Tensor) else None)
 
     def _voting(self, calibration: Trajectories) -> list[range]:
         """Whole batches, since a batch's rows are those of one branch of guidance, then those of the other."""

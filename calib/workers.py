@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calib.fit import FloatLayer, equivalent_scaling, fit_layer
+from calib.fit.layer import LayerWeights, equivalent_scaling, fit_layer
 from calib.record.layer_inputs import Captures, LayerInputs
 from calib.record.work_folder import WorkFolder
 from dmq_export.errors import DmqError
@@ -29,7 +29,7 @@ WATCH_SECONDS = 1.0
 class FitTask:
     """Layers to fit, and where their inputs are and their fits go; those of one task share their equivalent scaling."""
 
-    layers: tuple[FloatLayer, ...]
+    layers: tuple[LayerWeights, ...]
     captures: Captures
     recipe: Recipe
     work: WorkFolder
@@ -50,7 +50,7 @@ class FitTask:
                 start = time.perf_counter()
         return seconds
 
-    def _inputs(self, layer: FloatLayer) -> LayerInputs:
+    def _inputs(self, layer: LayerWeights) -> LayerInputs:
         return self.captures.load(layer.spec).to(self.device)
 
 

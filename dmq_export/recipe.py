@@ -38,7 +38,7 @@ class Recipe:
         les_batch: patches per iteration.
         les_joint: layers that share an input (queries, keys, values) share the scaling, so that it can be folded
             into what makes the input.
-        les_rounding_gain: weigh the weights' share of the loss by what learned rounding gains (:mod:`calib.les`).
+        les_rounding_gain: weigh the weights' share of the loss by what learned rounding gains (:mod:`calib.fit.les`).
         timestep_alpha: exponent of the adaptive timestep weight; 0 weighs all steps alike.
         clip: search the activation ranges by squared output error instead of min-max.
         pts_layers: which layers vote on power-of-two scaling.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from calib.replay import WARM_UP
+from calib.fit.cuda_graph import WARM_UP_CALLS
 
 REFUSED = ("_local_scalar_dense", "lift_fresh", "nonzero", "repeat_interleave", "unique")
 
@@ -50,13 +50,13 @@ class Recording(TorchDispatchMode):
 
 
 class Emulated:
-    """In place of ``Replayed``, which records on a GPU only."""
+    """In place of ``CudaGraph``, which records on a GPU only."""
 
     calls = 0
 
     def __init__(self, function: Callable[..., None], device: torch.device) -> None:
         self._function = function
-        self._warm_up = WARM_UP
+        self._warm_up = WARM_UP_CALLS
         self._recording: Recording | None = None
         self._inputs: list[Tensor] = []
 

@@ -22,14 +22,14 @@ from models import (
 from torch import Tensor
 
 import calib.calibrate
-import calib.successive
+import calib.fit.column_rounding
 from calib.calibrate import calibrate, planned
-from calib.gptq import gptq_codes
-from calib.les import LesSettings, fit_les
+from calib.fit.cuda_graph import CudaGraph
+from calib.fit.gptq import gptq_codes
+from calib.fit.les import LesSettings, fit_les
 from calib.plan import Limits
 from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
-from calib.replay import Replayed
 from calib.stages import Stages
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
@@ -138,7 +138,7 @@ def test_a_recorded_chain_does_what_its_calls_would() -> None:
         (weight * x).square().sum().backward()
         optimizer.step()
 
-    replayed = Replayed(step, CUDA)
+    replayed = CudaGraph(step, CUDA)
     numbers = torch.arange(1.0, 31.0).view(10, 3)
     for row in numbers:
         replayed(row.to(CUDA))
@@ -171,7 +171,7 @@ def test_scaling_is_fitted_as_on_the_cpu() -> None:
 def test_without_its_kernel_rounding_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (calib.successive, calib.calibrate):
+    for module in (calib.fit.column_rounding, calib.calibrate):
         monkeypatch.setattr(module, "why_no_kernel", lambda: "no C compiler")
     assert run(save_tiny_model(tmp_path / "model"), tmp_path / "out", TINY_RECIPE).layers
     assert "Note: rounding goes without its kernel, which takes minutes more: no C compiler" in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_the_kernel_rounds_as_pytorch_does(outputs: int, columns: int, monkeypat
         return codes, float((lost @ moments.double() * lost).sum())
 
     by_kernel, error = rounded()
-    monkeypatch.setattr(calib.successive, "why_no_kernel", lambda: "on purpose")
+    monkeypatch.setattr(calib.fit.column_rounding, "why_no_kernel", lambda: "on purpose")
     by_pytorch, expected = rounded()
     assert (by_kernel != by_pytorch).float().mean() < 0.3
     assert error == pytest.approx(expected, rel=0.03)

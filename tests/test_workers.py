@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import TINY_RECIPE
 
-from calib.fit import FloatLayer, fit_key, load_fit
+from calib.fit.layer import LayerWeights, fit_key, load_fit
 from calib.model.layers import survey
 from calib.model.load import load_model
 from calib.quant.patches import weight_of
@@ -34,7 +34,7 @@ def tasks(tiny_model: Path, tmp_path: Path) -> list[FitTask]:
     work = WorkFolder(tmp_path)
     captures = Captures(work, [range(2)], trajectories.extent.steps, specs, seed=0)
     captures.take(source.network, trajectories, range(2))
-    layers = [FloatLayer(spec, weight_of(source.network.get_submodule(spec.name)), None) for spec in specs]
+    layers = [LayerWeights(spec, weight_of(source.network.get_submodule(spec.name)), None) for spec in specs]
     return [FitTask((layer,), captures, TINY_RECIPE, work, CPU) for layer in layers]
 
 

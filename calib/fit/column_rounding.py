@@ -1,7 +1,7 @@
 """Rounds columns one after another, each told what those before it lost: the inner loop of second-order rounding.
 
 A column is too little work for a GPU, which spends its time on starting operations; there, one kernel does all columns
-(:mod:`calib.successive_kernel`), each output's by itself.
+(:mod:`calib.fit.column_rounding_triton`), each output's by itself.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ def why_no_kernel() -> str | None:
     if not torch.cuda.is_available():
         return None
     try:
-        from calib.successive_kernel import run_kernel
+        from calib.fit.column_rounding_triton import run_kernel
 
         one = torch.ones(1, 1, device="cuda")
         run_kernel(one, one, one, QParams(one, one), 4)
@@ -29,7 +29,7 @@ def why_no_kernel() -> str | None:
     return None
 
 
-def round_successively(
+def round_columns(
     wanted: Tensor, reference: Tensor, coupling: Tensor, qparams: QParams, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Codes ``[n, O]`` of ``wanted_k + sum_(j < k) lost_j coupling_jk``, and ``lost_k = reference_k - w^_k``.
@@ -41,7 +41,7 @@ def round_successively(
         qparams: ``[n, O]``.
     """
     if wanted.is_cuda and why_no_kernel() is None:
-        from calib.successive_kernel import run_kernel
+        from calib.fit.column_rounding_triton import run_kernel
 
         return run_kernel(wanted, reference, coupling, qparams, bits)
     codes, lost = torch.empty_like(wanted), torch.empty_like(wanted)

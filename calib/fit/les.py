@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from calib.fit.activation_range import activation_range, quantized_patches
+from calib.fit.cuda_graph import CudaGraph
+from calib.fit.weight_range import minmax_qparams
+from calib.fit.weighting import TimestepWeights
 from calib.quant.fake_quant import QParams, choose_qparams, fake_quantize
 from calib.quant.patches import product, tau_columns, weight_columns, weight_matrix
-from calib.ranges import activation_range, quantized_patches
 from calib.record.layer_inputs import LayerInputs
-from calib.replay import Replayed
-from calib.weight_grid import minmax_qparams
-from calib.weighting import TimestepWeights
 from dmq_export.layer import LayerSpec
 
-OUTPUTS = 128  # output channels that an iteration looks at
+LES_OUTPUTS = 128  # output channels that an iteration looks at
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit_les(
         weighted.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    iteration = Replayed(improve, device)
+    iteration = CudaGraph(improve, device)
     for number, (pick, outputs) in enumerate(_draws(spec, len(inputs.patches), settings, seed)):
         rate.fill_(settings.learning_rate * (1 + math.cos(math.pi * number / settings.iterations)) / 2)
         iteration(pick.to(device, non_blocking=True), outputs.to(device, non_blocking=True))
@@ -104,16 +104,16 @@ def fit_les(
 def _draws(spec: LayerSpec, patches: int, settings: LesSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For each iteration, the patches and the output channels that it looks at.
 
-    Of many outputs, :data:`OUTPUTS` are drawn: each has its own range, and the loss is their mean.
+    Of many outputs, :data:`LES_OUTPUTS` are drawn: each has its own range, and the loss is their mean.
     """
     generator = torch.Generator().manual_seed(seed)
     every = torch.arange(spec.out_channels)
     for _ in range(settings.iterations):
         pick = torch.randint(patches, (settings.batch,), generator=generator)
-        if spec.groups > 1 or spec.out_channels <= OUTPUTS:
+        if spec.groups > 1 or spec.out_channels <= LES_OUTPUTS:
             yield pick, every
         else:
-            yield pick, torch.randperm(spec.out_channels, generator=generator)[:OUTPUTS]
+            yield pick, torch.randperm(spec.out_channels, generator=generator)[:LES_OUTPUTS]
 
 
 def _row_losses(

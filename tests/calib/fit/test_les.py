@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from layers import SPECS, linear, specs
 from reference import shift_of_columns
 
-import calib.les
-from calib.les import LesResult, LesSettings, fit_les
+import calib.fit.les
+from calib.fit.les import LesResult, LesSettings, fit_les
 from calib.record.layer_inputs import Extrema, LayerInputs
 from dmq_export.layer import LayerSpec
 
@@ -192,7 +192,7 @@ def test_a_recorded_iteration_does_what_its_calls_would(
     monkeypatch.setattr(torch.optim, "Adam", Capturable)
     layer = SPECS[name], random_weight(SPECS[name]), random_inputs(SPECS[name], steps=100)  # of which few come first
     expected = fit(*layer, iterations=12, alpha=20.0, static=static)
-    monkeypatch.setattr(calib.les, "Replayed", Emulated)
+    monkeypatch.setattr(calib.fit.les, "CudaGraph", Emulated)
     before = Emulated.calls
     replayed = fit(*layer, iterations=12, alpha=20.0, static=static)
     assert Emulated.calls == before + 12

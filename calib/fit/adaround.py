@@ -1,8 +1,8 @@
 """AdaRound by block reconstruction: each weight is rounded up or down so that the block's output stays.
 
 Nagel et al. 2020 with the blocks of BRECQ (Li et al. 2021). The fit starts from rounding by second moments
-(:mod:`calib.gptq`). A block is fitted on the float model's inputs, against its outputs, and its activations stay float;
-so no block waits for another, and none learns to make up for errors that another's fit takes away.
+(:mod:`calib.fit.gptq`). A block is fitted on the float model's inputs, against its outputs, and its activations stay
+float; so no block waits for another, and none learns to make up for errors that another's fit takes away.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -24,7 +24,7 @@ from dmq_export.seeds import stream_seed
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # of the rectified sigmoid
 REGULARIZER = 0.01
 BETA_START, BETA_END = 20.0, 2.0
-WARM_UP = 0.2  # share of the iterations without the regularizer
+WARM_UP_SHARE = 0.2  # share of the iterations without the regularizer
 LEARNING_RATE = 1e-2
 BATCH = 32  # evaluations per iteration, as in the published code; 8 cost some tenths of a decibel
 REPORT = 20  # iterations between two signs of progress
@@ -130,9 +130,9 @@ def squared_error(error: Tensor) -> Tensor:
 
 def _regularizer(layers: Iterable[SoftLayer], progress: float) -> Tensor:
     """Pulls every ``h`` to 0 or 1, ever more sharply; ``progress`` runs from 0 to 1."""
-    if progress < WARM_UP:
+    if progress < WARM_UP_SHARE:
         return torch.zeros(())
-    remaining = (1 - progress) / (1 - WARM_UP)
+    remaining = (1 - progress) / (1 - WARM_UP_SHARE)
     beta = BETA_END + (BETA_START - BETA_END) * remaining
     penalties = [(1 - (2 * layer.up() - 1).abs().pow(beta)).sum() for layer in layers]
     return REGULARIZER * torch.stack(penalties).sum()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.gptq import BLOCK, DAMPING, SWEEPS, _Columns, _sweep, gptq_codes
+from calib.fit.gptq import BLOCK, DAMPING, SWEEPS, _Columns, _sweep, gptq_codes
 from calib.quant.fake_quant import QParams, dequantize, quantize
 
 SEEDS = st.integers(0, 2**16)
@@ -64,7 +64,7 @@ def surgeon_row(w: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, moment
     return codes
 
 
-def assert_codes_equal_the_surgeon(seed: int, columns: int, bits: int) -> None:
+def assert_codes_equal_obs(seed: int, columns: int, bits: int) -> None:
     weight, moments = random_weight(seed, 3, columns), random_moments(seed, columns)
     qparams = random_qparams(seed, weight, bits)
     rows = zip(weight.numpy(), qparams.scale.numpy(), qparams.zero_point.numpy(), strict=True)
@@ -74,12 +74,12 @@ def assert_codes_equal_the_surgeon(seed: int, columns: int, bits: int) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS, st.integers(1, 7), st.integers(3, 5))
-def test_codes_equal_the_surgeon_written_out(seed: int, columns: int, bits: int) -> None:
-    assert_codes_equal_the_surgeon(seed, columns, bits)
+def test_codes_equal_obs_written_out(seed: int, columns: int, bits: int) -> None:
+    assert_codes_equal_obs(seed, columns, bits)
 
 
 def test_columns_are_made_up_for_across_blocks() -> None:
-    assert_codes_equal_the_surgeon(0, BLOCK + 6, 4)
+    assert_codes_equal_obs(0, BLOCK + 6, 4)
 
 
 @settings(deadline=None, max_examples=50)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from calib.replay import Replayed
+from calib.fit.cuda_graph import CudaGraph
 
 
 def test_on_the_cpu_every_call_is_a_call() -> None:
@@ -12,7 +12,7 @@ def test_on_the_cpu_every_call_is_a_call() -> None:
     def add(first: Tensor, second: Tensor) -> None:
         total.add_(first * second)
 
-    replayed = Replayed(add, torch.device("cpu"))
+    replayed = CudaGraph(add, torch.device("cpu"))
     for number in range(6):
         replayed(torch.full((2,), float(number)), torch.tensor([1.0, 2.0]))
     assert total.tolist() == [15.0, 30.0]

@@ -6,13 +6,13 @@ import torch
 from layers import SPECS, conv2d, linear, random_layer
 from reference import along, dequantize_weight
 
-import calib.rounding
-from calib.gptq import gptq_codes
+import calib.fit.rounding
+from calib.fit.gptq import gptq_codes
+from calib.fit.rounding import learned_gain, round_weight
+from calib.fit.weight_range import minmax_qparams
 from calib.quant.fake_quant import QParams
 from calib.quant.patches import dequantized_weight, product, weight_columns, weight_matrix
 from calib.quant.second_moments import SecondMoments
-from calib.rounding import learned_gain, round_weight
-from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
 
@@ -158,7 +158,7 @@ def test_the_gain_is_what_learned_rounding_takes_off_the_output_error(name: str)
 
 
 def test_the_gain_of_many_groups_is_that_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calib.rounding, "GAIN_GROUPS", 2)
+    monkeypatch.setattr(calib.fit.rounding, "GAIN_GROUPS", 2)
     spec, some = conv2d(parts=(12,), out_channels=12, groups=4), conv2d(parts=(6,), out_channels=6, groups=2)
     weight, x = random_weight(spec), correlated_patches(spec)
     rows = [0, 1, 2, 6, 7, 8]  # of the first and the third group
@@ -167,8 +167,8 @@ def test_the_gain_of_many_groups_is_that_of_some(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_gain_of_a_wide_layer_is_that_of_some_outputs_and_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calib.rounding, "CHUNK", 20)
-    monkeypatch.setattr(calib.rounding, "GAIN_OUTPUTS", 4)
+    monkeypatch.setattr(calib.fit.rounding, "CHUNK", 20)
+    monkeypatch.setattr(calib.fit.rounding, "GAIN_OUTPUTS", 4)
     spec, some = linear(parts=(30,), out_channels=12), linear(parts=(20,), out_channels=4)
     weight, x = random_weight(spec), correlated_patches(spec)
     weight[:, 20:] *= 0.1  # so that the channels left out do not stretch the ranges

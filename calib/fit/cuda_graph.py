@@ -6,10 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls before the recording, in which libraries allocate what they need
+WARM_UP_CALLS = 3  # calls before the recording, in which libraries allocate what they need
 
 
-class Replayed:
+class CudaGraph:
     """``function``, of tensors of always the same shapes, without a result: it changes tensors in place.
 
     On CUDA the first calls run as they are, then one is recorded, and it and all that follow are replayed. So the
@@ -27,7 +27,7 @@ class Replayed:
         self._calls += 1
         if self._device.type != "cuda":
             self._function(*inputs)
-        elif self._calls <= WARM_UP:
+        elif self._calls <= WARM_UP_CALLS:
             self._warm_up(inputs)
         else:
             self._replay(inputs)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calib.fit.column_rounding import round_columns
 from calib.quant.fake_quant import QParams, dequantize
-from calib.successive import round_successively
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 BLOCK = 64  # columns between updates of all the columns to come
@@ -43,7 +43,7 @@ def gptq_codes(weight: Tensor, qparams: QParams, moments: Tensor, bits: int) -> 
     damped, _ = _damped(moments)
     columns = _Columns(*(values.T.contiguous() for values in (weight, *qparams)))
     order = damped.diagonal().argsort(descending=True, stable=True)
-    codes = _surgeon(columns.ordered(order), damped[order][:, order], bits)[order.argsort()]
+    codes = _obs_round(columns.ordered(order), damped[order][:, order], bits)[order.argsort()]
     for _ in range(SWEEPS):
         _sweep(columns, codes, damped, bits)
     return codes.T.contiguous()
@@ -68,7 +68,7 @@ def _damped(moments: Tensor) -> tuple[Tensor, Tensor]:
     return damped, unit
 
 
-def _surgeon(columns: _Columns, moments: Tensor, bits: int) -> Tensor:
+def _obs_round(columns: _Columns, moments: Tensor, bits: int) -> Tensor:
     """Codes ``[n, O]``: column by column, each moved first to where it best makes up for the errors of those before.
 
     With ``H = (1 + U) D (1 + U)^T``, ``U`` strictly upper triangular, column ``k`` moves by ``(W - W^) U[:, k]``: what
@@ -79,9 +79,7 @@ def _surgeon(columns: _Columns, moments: Tensor, bits: int) -> Tensor:
     for block in _blocks(len(codes)):
         weight, before = columns.weight[block], slice(block.start)
         moved = weight + feedback[before, block].T @ errors[before]
-        codes[block], errors[block] = round_successively(
-            moved, weight, feedback[block, block], columns.qparams(block), bits
-        )
+        codes[block], errors[block] = round_columns(moved, weight, feedback[block, block], columns.qparams(block), bits)
     return codes
 
 
@@ -101,14 +99,14 @@ def _sweep(columns: _Columns, codes: Tensor, moments: Tensor, bits: int) -> None
     gradient = moments @ (columns.weight - dequantize(codes, columns.qparams()))
     for block in _blocks(len(codes)):
         current, curvature = dequantize(codes[block], columns.qparams(block)), moments.diagonal()[block]
-        codes[block], lost = round_successively(
+        codes[block], error = round_columns(
             current + gradient[block] / curvature[:, None],
             current,
             moments[block, block] / curvature,
             columns.qparams(block),
             bits,
         )
-        gradient += moments[:, block] @ lost
+        gradient += moments[:, block] @ error
 
 
 def _blocks(columns: int) -> list[slice]:

@@ -12,7 +12,7 @@ from dmq_export.layer import LayerSpec
 CANDIDATES = 80
 SHRINK = 0.01  # per candidate
 ERROR_EXPONENT = 2.4
-LOOKED_AT = 2304  # weights of a row: 256 channels of a 3x3 convolution
+COARSE_COLUMNS = 2304  # weights of a row: 256 channels of a 3x3 convolution
 NEAR = 4  # candidates on either side of the best
 
 
@@ -40,7 +40,7 @@ def grid_qparams(spec: LayerSpec, weight: Tensor) -> QParams:
     at first, and all of them only under the ranges next to the best of these.
     """
     span, parts = weight_range(spec, weight), split_parts(spec, weight_matrix(spec, weight))
-    strides = [max(1, round(part[0].numel() / LOOKED_AT)) for part in parts]
+    strides = [max(1, round(part[0].numel() / COARSE_COLUMNS)) for part in parts]
     few = [part[:, ::stride].contiguous() for part, stride in zip(parts, strides, strict=True)]
     every = [torch.full_like(span.low, candidate, dtype=torch.int64) for candidate in range(CANDIDATES)]
     best = _best(spec, span, few, every)

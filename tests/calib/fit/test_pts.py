@@ -9,7 +9,7 @@ from layers import conv2d, linear, random_layer
 from reference import along, dequantize_input, quantize_input
 from torch import Tensor, nn
 
-from calib.pts import best_exponents, count_votes, decide, exponents
+from calib.fit.pts import best_exponents, count_votes, decide, exponents
 from calib.quant.fake_quant import QParams
 from calib.record.trajectories import Trajectories
 from dmq_export.layer import LayerSpec, QuantizedLayer
@@ -149,9 +149,9 @@ def test_all_samples_at_all_steps_vote(spec: LayerSpec, steps: int) -> None:
 
     counts = numpy_counts(layer, inputs)
     assert counts.sum(0).tolist() == [3 * 18] * spec.in_channels
-    ballots = [count_votes(OneLayer(spec), trajectories, rows, [layer]) for rows in (range(16), range(16, 18))]
-    assert [ballot.keys() for ballot in ballots] == [{"layer"}, {"layer"}]
-    counted = ballots[0]["layer"] + ballots[1]["layer"]
+    counters = [count_votes(OneLayer(spec), trajectories, rows, [layer]) for rows in (range(16), range(16, 18))]
+    assert [counter.keys() for counter in counters] == [{"layer"}, {"layer"}]
+    counted = counters[0]["layer"] + counters[1]["layer"]
     assert np.array_equal(counted, counts)
     share = counts.max(0) / (3 * 18)
     outcome = decide(counted, 0.5)

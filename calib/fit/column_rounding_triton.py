@@ -1,4 +1,4 @@
-"""The kernel of :mod:`calib.successive` for GPUs, in Triton, which comes with PyTorch's CUDA builds for Linux."""
+"""The kernel of :mod:`calib.fit.column_rounding`, in Triton, which comes with PyTorch's CUDA builds for Linux."""
 
 import torch
 import triton
@@ -14,16 +14,16 @@ ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
 def run_kernel(
-    wanted: Tensor, reference: Tensor, coupling: Tensor, qparams: QParams, bits: int
+    target: Tensor, reference: Tensor, feedback: Tensor, qparams: QParams, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`calib.successive.round_successively`, in float32."""
-    rows, outputs = wanted.shape
-    read = [values.contiguous() for values in (wanted, reference, coupling.T, *qparams)]
-    codes, lost = torch.empty_like(read[0]), torch.empty_like(read[0])
-    _round_columns[(triton.cdiv(outputs, WIDTH),)](
+    """As :func:`calib.fit.column_rounding.round_columns`, in float32."""
+    rows, outputs = target.shape
+    read = [values.contiguous() for values in (target, reference, feedback.T, *qparams)]
+    codes, errors = torch.empty_like(read[0]), torch.empty_like(read[0])
+    _kernel[(triton.cdiv(outputs, WIDTH),)](
         *read,
         codes,
-        lost,
+        errors,
         rows,
         outputs,
         2.0**bits - 1,
@@ -32,18 +32,18 @@ def run_kernel(
         num_warps=WARPS,
         enable_fp_fusion=False,  # the default differs between versions of Triton
     )
-    return codes, lost
+    return codes, errors
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round_columns(  # type: ignore[no-untyped-def]
-    wanted,
+def _kernel(  # type: ignore[no-untyped-def]
+    target,
     reference,
-    coupling,
+    feedback,
     scale,
     zero_point,
     codes,
-    lost,
+    errors,
     rows,
     outputs,
     top,
@@ -53,16 +53,16 @@ def _round_columns(  # type: ignore[no-untyped-def]
     output = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = output < outputs
     row = tl.arange(0, ROWS)
-    lost_so_far = tl.zeros([ROWS, WIDTH], tl.float32)
+    errors_so_far = tl.zeros([ROWS, WIDTH], tl.float32)
     for k in range(rows):
         at = k * outputs + output
-        factors = tl.load(coupling + k * rows + row, mask=row < rows, other=0.0)  # lost_so_far is zero from row k on
-        value = tl.load(wanted + at, mask=inside, other=0.0) + tl.sum(lost_so_far * factors[:, None], 0)
+        factors = tl.load(feedback + k * rows + row, mask=row < rows, other=0.0)  # errors_so_far is zero from row k on
+        value = tl.load(target + at, mask=inside, other=0.0) + tl.sum(errors_so_far * factors[:, None], 0)
         step = tl.load(scale + at, mask=inside, other=1.0)
         zero = tl.load(zero_point + at, mask=inside, other=0.0)
         code = (tl.math.div_rn(value, step) + ROUNDER) - ROUNDER + zero
         code = tl.minimum(tl.maximum(code, 0.0), top)
         error = tl.load(reference + at, mask=inside, other=0.0) - step * (code - zero)
         tl.store(codes + at, code, mask=inside)
-        tl.store(lost + at, error, mask=inside)
-        lost_so_far = tl.where((row == k)[:, None], error[None, :], lost_so_far)
+        tl.store(errors + at, error, mask=inside)
+        errors_so_far = tl.where((row == k)[:, None], error[None, :], errors_so_far)

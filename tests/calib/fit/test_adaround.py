@@ -12,7 +12,7 @@ from layers import conv2d, linear, random_input, random_layer, specs
 from reference import add_bias, along, dequantize_weight, operate, shift_of_columns
 from torch import Tensor, nn
 
-from calib.adaround import SoftLayer, adaround, squared_error
+from calib.fit.adaround import SoftLayer, adaround, squared_error
 from calib.model.fake_quantized import quantized
 from calib.model.layers import Block
 from calib.record.block_inputs import CallRecorder

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from calib.gptq import compensation, gptq_codes
+from calib.fit.gptq import compensation, gptq_codes
+from calib.fit.weight_range import minmax_qparams
 from calib.quant.fake_quant import QParams, dequantize, quantize
 from calib.quant.patches import weight_columns, weight_matrix
 from calib.quant.second_moments import SecondMoments
-from calib.weight_grid import minmax_qparams
 from dmq_export.layer import LayerSpec
 
 CHUNK = 3456  # 384 channels of a 3x3 convolution: moments of 46 MiB
@@ -30,7 +30,7 @@ def round_weight(
     Args:
         qparams: ``[P, O]``.
         moments: of the layer's patches; they decide only if ``learned``.
-        learned: by second moments (:mod:`calib.gptq`) instead of to nearest.
+        learned: by second moments (:mod:`calib.fit.gptq`) instead of to nearest.
         tau: what the patches are divided by, ``[C]``; None for nothing.
         chunk: columns whose second moments are held at once.
     """

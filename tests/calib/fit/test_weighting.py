@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.weighting import TimestepWeights
+from calib.fit.weighting import TimestepWeights
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from layers import SPECS, conv2d, linear, random_layer, specs
 from reference import dequantize_input, operate, quantize_input
 
+from calib.fit.activation_range import activation_range, clip_range, quantized_patches
 from calib.quant.fake_quant import QParams, Range, choose_qparams
-from calib.ranges import activation_range, clip_range, quantized_patches
 from calib.record.layer_inputs import Extrema, LayerInputs
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, Scheme

@@ -11,9 +11,9 @@ from layers import SPECS, conv2d, linear
 from reference import dequantize_input, dequantize_weight, operate, quantize_input
 from torch import nn
 
-import calib.fit
-from calib.fit import FloatLayer, LayerFit, equivalent_scaling, fit_layer, load_fit
-from calib.les import OUTPUTS
+import calib.fit.layer
+from calib.fit.layer import LayerFit, LayerWeights, equivalent_scaling, fit_layer, load_fit
+from calib.fit.les import LES_OUTPUTS
 from calib.quant.patches import weight_of
 from calib.record.layer_inputs import Extrema, LayerInputs
 from calib.record.work_folder import WorkFolder
@@ -52,7 +52,7 @@ def inputs_of(spec: LayerSpec, *, rows: int = 300) -> LayerInputs:
 
 def fit(spec: LayerSpec, module: nn.Module, inputs: LayerInputs, recipe: Recipe) -> LayerFit:
     bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-    layer = FloatLayer(spec, weight_of(module), None if bias is None else bias.detach())
+    layer = LayerWeights(spec, weight_of(module), None if bias is None else bias.detach())
     return fit_layer(layer, inputs, recipe, equivalent_scaling([layer], inputs, recipe))
 
 
@@ -228,11 +228,11 @@ def test_a_fit_that_was_kept_comes_back_as_it_was(name: str, bias: bool, tmp_pat
 
 
 def test_a_layer_of_many_outputs_is_fitted_on_some_of_them_at_a_time() -> None:
-    spec = conv2d(out_channels=2 * OUTPUTS)
+    spec = conv2d(out_channels=2 * LES_OUTPUTS)
     module, inputs = module_of(spec), inputs_of(spec)
     few, many = (fit(spec, module, inputs, replace(RECIPE, les_iterations=n, seed=1)).layer.tau for n in (1, 60))
     assert not np.array_equal(few, many)
-    whole = fit(conv2d(out_channels=OUTPUTS), module_of(conv2d(out_channels=OUTPUTS)), inputs, RECIPE)
+    whole = fit(conv2d(out_channels=LES_OUTPUTS), module_of(conv2d(out_channels=LES_OUTPUTS)), inputs, RECIPE)
     assert whole.report["output_db"] == pytest.approx(fit(spec, module, inputs, RECIPE).report["output_db"], abs=2)
 
 
@@ -243,7 +243,7 @@ def test_layers_of_one_input_share_a_scaling_that_serves_both() -> None:
     with torch.no_grad():
         modules[1].get_parameter("weight").mul_(torch.logspace(-1, 1, 16))
     inputs, recipe = inputs_of(quiet, rows=900), replace(RECIPE, les_iterations=200, les_batch=64)
-    layers = [FloatLayer(spec, weight_of(module), None) for spec, module in zip((quiet, loud), modules, strict=True)]
+    layers = [LayerWeights(spec, weight_of(module), None) for spec, module in zip((quiet, loud), modules, strict=True)]
     own = [equivalent_scaling([layer], inputs, recipe).tau.log() for layer in layers]
     shared = equivalent_scaling(layers, inputs, recipe)
     together = shared.tau.log()
@@ -254,13 +254,13 @@ def test_layers_of_one_input_share_a_scaling_that_serves_both() -> None:
 
 
 def test_clipping_and_the_report_look_at_some_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calib.fit, "LOOKED_OUTPUTS", 4)
+    monkeypatch.setattr(calib.fit.layer, "EVALUATED_OUTPUTS", 4)
     spec, alone = linear(parts=(16,), out_channels=8), linear(parts=(16,), out_channels=4)
     inputs, weight = inputs_of(spec), weight_of(module_of(spec))
     recipe = Recipe(les_iterations=0, rounding="nearest")
     whole, half = (
         fit_layer(layer, inputs, recipe, equivalent_scaling([layer], inputs, recipe))
-        for layer in (FloatLayer(spec, weight, None), FloatLayer(alone, weight[::2], None))
+        for layer in (LayerWeights(spec, weight, None), LayerWeights(alone, weight[::2], None))
     )
     assert np.array_equal(whole.layer.scale, half.layer.scale)
     assert np.array_equal(whole.layer.zero_point, half.layer.zero_point)

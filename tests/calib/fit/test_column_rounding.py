@@ -17,22 +17,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.fit.column_rounding import round_columns, why_no_kernel
 from calib.quant.fake_quant import QParams
-from calib.successive import round_successively, why_no_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the kernel is written in Triton")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CASES = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 35), st.integers(3, 8))
 
 
 def run_kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from calib.successive_kernel import run_kernel
+    from calib.fit.column_rounding_triton import run_kernel
 
     return run_kernel(*arguments)
 
 
-BOTH = [round_successively, pytest.param(run_kernel, marks=needs_triton)]
+BOTH = [round_columns, pytest.param(run_kernel, marks=needs_triton)]
 
 
 def drawn(seed: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, QParams]:
@@ -42,40 +42,40 @@ def drawn(seed: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tenso
     def some(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.integers(low, high, shape).astype(np.float32)).to(DEVICE)
 
-    wanted, reference = some(-40, 40, rows, outputs) / 8, some(-40, 40, rows, outputs) / 8
-    coupling = some(-2, 3, rows, rows) / 2
-    return wanted, reference, coupling, QParams(some(1, 3, rows, outputs) / 4, some(0, 9, rows, outputs))
+    target, reference = some(-40, 40, rows, outputs) / 8, some(-40, 40, rows, outputs) / 8
+    feedback = some(-2, 3, rows, rows) / 2
+    return target, reference, feedback, QParams(some(1, 3, rows, outputs) / 4, some(0, 9, rows, outputs))
 
 
 def written_out(
-    wanted: np.ndarray, reference: np.ndarray, coupling: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int
+    target: np.ndarray, reference: np.ndarray, feedback: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    codes, lost = np.zeros_like(wanted), np.zeros_like(wanted)
-    for k, o in np.ndindex(*wanted.shape):
-        target = wanted[k, o] + sum(lost[j, o] * coupling[j, k] for j in range(k))
-        codes[k, o] = min(max(np.rint(target / scale[k, o]) + zero[k, o], 0), 2**bits - 1)
-        lost[k, o] = reference[k, o] - scale[k, o] * (codes[k, o] - zero[k, o])
-    return codes, lost
+    codes, errors = np.zeros_like(target), np.zeros_like(target)
+    for k, o in np.ndindex(*target.shape):
+        value = target[k, o] + sum(errors[j, o] * feedback[j, k] for j in range(k))
+        codes[k, o] = min(max(np.rint(value / scale[k, o]) + zero[k, o], 0), 2**bits - 1)
+        errors[k, o] = reference[k, o] - scale[k, o] * (codes[k, o] - zero[k, o])
+    return codes, errors
 
 
 @pytest.mark.parametrize("rounding", BOTH)
 @settings(deadline=None, max_examples=25)
 @given(CASES)
-def test_codes_and_losses_are_those_written_out(rounding, case: tuple[int, int, int, int]) -> None:
+def test_codes_and_errors_are_those_written_out(rounding, case: tuple[int, int, int, int]) -> None:
     seed, rows, outputs, bits = case
-    wanted, reference, coupling, qparams = drawn(seed, rows, outputs)
-    arrays = [values.double().cpu().numpy() for values in (wanted, reference, coupling, *qparams)]
-    codes, lost = rounding(wanted, reference, coupling, qparams, bits)
-    expected_codes, expected_lost = written_out(*arrays, bits)
+    target, reference, feedback, qparams = drawn(seed, rows, outputs)
+    arrays = [values.double().cpu().numpy() for values in (target, reference, feedback, *qparams)]
+    codes, errors = rounding(target, reference, feedback, qparams, bits)
+    expected_codes, expected_errors = written_out(*arrays, bits)
     np.testing.assert_array_equal(codes.cpu(), expected_codes)
-    np.testing.assert_array_equal(lost.cpu(), expected_lost)
+    np.testing.assert_array_equal(errors.cpu(), expected_errors)
 
 
 @pytest.mark.parametrize("rounding", BOTH)
 def test_what_is_far_out_of_range_is_clipped(rounding) -> None:
-    wanted = torch.tensor([[1e30, -1e30, 1e8, -1e8]], device=DEVICE)
-    one = torch.ones_like(wanted)
-    codes, _ = rounding(wanted, wanted, torch.zeros(1, 1, device=DEVICE), QParams(one, 8 * one), 4)
+    target = torch.tensor([[1e30, -1e30, 1e8, -1e8]], device=DEVICE)
+    one = torch.ones_like(target)
+    codes, _ = rounding(target, target, torch.zeros(1, 1, device=DEVICE), QParams(one, 8 * one), 4)
     assert codes.tolist() == [[15, 0, 15, 0]]
 
 
@@ -90,10 +90,10 @@ def test_nothing_given_is_changed(rounding) -> None:
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from calib.successive_kernel import WIDTH, _round_columns
-types = dict.fromkeys(_round_columns.arg_names[:7], "*fp32") | {"rows": "i32", "outputs": "i32", "top": "fp32"}
+from calib.fit.column_rounding_triton import WIDTH, _kernel
+types = dict.fromkeys(_kernel.arg_names[:7], "*fp32") | {"rows": "i32", "outputs": "i32", "top": "fp32"}
 source = triton.compiler.ASTSource(
-    fn=_round_columns,
+    fn=_kernel,
     signature=types | {"ROWS": "constexpr", "WIDTH": "constexpr"},
     constexprs={"ROWS": 64, "WIDTH": WIDTH},
 )

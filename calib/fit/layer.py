@@ -9,21 +9,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.les import LesResult, LesSettings, fit_les
+from calib.fit.activation_range import activation_range, clip_range, quantized_patches
+from calib.fit.les import LesResult, LesSettings, fit_les
+from calib.fit.rounding import learned_gain, round_weight
+from calib.fit.weight_range import grid_qparams, minmax_qparams
 from calib.metrics import decibels
 from calib.quant.fake_quant import QParams, choose_qparams
 from calib.quant.patches import dequantized_weight, product, scaled_weight, weight_matrix
-from calib.ranges import activation_range, clip_range, quantized_patches
 from calib.record.layer_inputs import LayerInputs
 from calib.record.work_folder import WorkFolder
-from calib.rounding import learned_gain, round_weight
-from calib.weight_grid import grid_qparams, minmax_qparams
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.recipe import Recipe
 from dmq_export.seeds import stream_seed
 
-LOOKED_AT = 2**22  # numbers of the patches that clipping and the report look at,
-LOOKED_OUTPUTS = 128  # and outputs
+EVALUATED_NUMBERS = 2**22  # of the patches, which clipping and the report evaluate the layer on
+EVALUATED_OUTPUTS = 128  # channels, likewise
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def load_fit(spec: LayerSpec, work: WorkFolder) -> LayerFit:
 
 
 @dataclass(frozen=True)
-class FloatLayer:
+class LayerWeights:
     """A layer to fit: its shape, its weight and its bias, if it has one."""
 
     spec: LayerSpec
@@ -60,7 +60,7 @@ class FloatLayer:
     bias: Tensor | None
 
 
-def equivalent_scaling(layers: Sequence[FloatLayer], inputs: LayerInputs, recipe: Recipe) -> LesResult:
+def equivalent_scaling(layers: Sequence[LayerWeights], inputs: LayerInputs, recipe: Recipe) -> LesResult:
     """One equivalent scaling for layers that read the same patches of one input: for all their outputs together.
 
     Args:
@@ -87,18 +87,18 @@ def equivalent_scaling(layers: Sequence[FloatLayer], inputs: LayerInputs, recipe
     )
 
 
-def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les: LesResult) -> LayerFit:
+def fit_layer(weights: LayerWeights, inputs: LayerInputs, recipe: Recipe, les: LesResult) -> LayerFit:
     """Quantize a layer by ``recipe``; PTS and AdaRound, which need more than one layer's inputs, come later.
 
     Args:
         les: from :func:`equivalent_scaling`.
     """
-    spec, weight, bias = float_layer.spec, float_layer.weight, float_layer.bias
+    spec, weight, bias = weights.spec, weights.weight, weights.bias
     learned = recipe.rounding != "nearest"
     scaled = scaled_weight(spec, weight, les.tau)
     weight_qparams = _weight_qparams(spec, scaled, recipe)
     codes = round_weight(spec, scaled, weight_qparams, inputs.moments, learned=learned, tau=les.tau)
-    few, some = inputs.thinned(LOOKED_AT), _some_outputs(spec)
+    few, some = inputs.thinned(EVALUATED_NUMBERS), _some_outputs(spec)
     fewer = replace(spec, out_channels=len(scaled[some]))
     activation = _activation_qparams(fewer, scaled[some], few, les.tau, recipe)
     rounded = dequantized_weight(spec, codes, weight_qparams)
@@ -124,8 +124,8 @@ def fit_layer(float_layer: FloatLayer, inputs: LayerInputs, recipe: Recipe, les:
 
 
 def _some_outputs(spec: LayerSpec) -> slice:
-    """Evenly spaced, about :data:`LOOKED_OUTPUTS`; all of a grouped layer."""
-    return slice(None, None, 1 if spec.groups > 1 else max(1, spec.out_channels // LOOKED_OUTPUTS))
+    """Evenly spaced, about :data:`EVALUATED_OUTPUTS`; all of a grouped layer."""
+    return slice(None, None, 1 if spec.groups > 1 else max(1, spec.out_channels // EVALUATED_OUTPUTS))
 
 
 def _weight_qparams(spec: LayerSpec, scaled: Tensor, recipe: Recipe) -> QParams:

@@ -73,12 +73,12 @@ def count_votes(
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """How many rows prefer each exponent, by layer ``[4, C]``, on the float network's inputs at all steps."""
-    ballots = {layer.spec.name: _Ballot(layer) for layer in layers}
-    replay(network, trajectories, rows, ballots, advance=advance)
-    return {name: ballot.counts for name, ballot in ballots.items()}
+    counters = {layer.spec.name: _VoteCounter(layer) for layer in layers}
+    replay(network, trajectories, rows, counters, advance=advance)
+    return {name: counter.counts for name, counter in counters.items()}
 
 
-class _Ballot:
+class _VoteCounter:
     """Counts one layer's votes, call by call."""
 
     def __init__(self, layer: QuantizedLayer) -> None:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, linear, specs
 
+from calib.fit.weight_range import COARSE_COLUMNS, grid_qparams, minmax_qparams, weight_range
 from calib.quant.fake_quant import QParams, fake_quantize
 from calib.quant.patches import weight_columns, weight_matrix
-from calib.weight_grid import LOOKED_AT, grid_qparams, minmax_qparams, weight_range
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
 
@@ -123,7 +123,7 @@ def test_the_narrowest_range_tried_is_a_fifth_of_the_weights() -> None:
     assert (best.scale / whole.scale).item() == pytest.approx(0.21)
 
 
-@pytest.mark.parametrize("columns", [LOOKED_AT + LOOKED_AT // 2 + 1, 5 * LOOKED_AT])
+@pytest.mark.parametrize("columns", [COARSE_COLUMNS + COARSE_COLUMNS // 2 + 1, 5 * COARSE_COLUMNS])
 def test_long_rows_are_searched_nearly_as_well_as_by_brute_force(columns: int) -> None:
     spec = linear(parts=(columns,), out_channels=12)
     weight = random_weight(spec)

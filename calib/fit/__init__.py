@@ -1,0 +1,1 @@
+"""The fits: one layer on its own, blocks of them, and what is decided over many."""
