@@ -1,4 +1,4 @@
-"""Rounds columns one after another, each told what those before it lost: the inner loop of second-order rounding.
+"""Rounds columns one after another, with feedback of the errors before: the inner loop of second-order rounding.
 
 A column is too little work for a GPU, which spends its time on starting operations; there, one kernel does all columns
 (:mod:`calib.fit.column_rounding_triton`), each output's by itself.
@@ -30,23 +30,24 @@ def why_no_kernel() -> str | None:
 
 
 def round_columns(
-    wanted: Tensor, reference: Tensor, coupling: Tensor, qparams: QParams, bits: int
+    target: Tensor, reference: Tensor, feedback: Tensor, qparams: QParams, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes ``[n, O]`` of ``wanted_k + sum_(j < k) lost_j coupling_jk``, and ``lost_k = reference_k - w^_k``.
+    """Codes ``[n, O]`` of ``target_k + sum_(j < k) error_j feedback_jk``, and ``error_k = reference_k - w^_k``.
 
     Args:
-        wanted: columns ``[n, O]`` before anything is lost.
-        reference: what a column loses is counted from here, ``[n, O]``.
-        coupling: ``[n, n]``, of which only what lies above the diagonal counts.
+        target: columns ``[n, O]`` without any feedback.
+        reference: a column's error is its distance from here, ``[n, O]``.
+        feedback: how much of an error, by row, each later column takes over, ``[n, n]``; what lies on and below the
+            diagonal does not count.
         qparams: ``[n, O]``.
     """
-    if wanted.is_cuda and why_no_kernel() is None:
+    if target.is_cuda and why_no_kernel() is None:
         from calib.fit.column_rounding_triton import run_kernel
 
-        return run_kernel(wanted, reference, coupling, qparams, bits)
-    codes, lost = torch.empty_like(wanted), torch.empty_like(wanted)
+        return run_kernel(target, reference, feedback, qparams, bits)
+    codes, errors = torch.empty_like(target), torch.empty_like(target)
     for k in range(len(codes)):
         column = QParams(qparams.scale[k], qparams.zero_point[k])
-        codes[k] = quantize(torch.addmv(wanted[k], lost[:k].T, coupling[:k, k]), column, bits)
-        lost[k] = reference[k] - dequantize(codes[k], column)
-    return codes, lost
+        codes[k] = quantize(torch.addmv(target[k], errors[:k].T, feedback[:k, k]), column, bits)
+        errors[k] = reference[k] - dequantize(codes[k], column)
+    return codes, errors
