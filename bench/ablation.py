@@ -29,8 +29,8 @@ from calib.fit.les import LesResult, LesSettings, fit_les
 from calib.model.denoiser import reference_denoiser
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
-from calib.plan import Limits
 from calib.record.layer_inputs import LayerInputs
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint

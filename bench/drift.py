@@ -16,7 +16,7 @@ import torch
 from calib.calibrate import calibrated
 from calib.model.layers import survey
 from calib.model.load import load_model
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.commands.onnx import export_graph

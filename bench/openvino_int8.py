@@ -30,7 +30,7 @@ from calib.calibrate import calibrated
 from calib.model.layers import survey
 from calib.model.load import load_model
 from calib.model.trace import trace_network
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph

@@ -38,15 +38,15 @@ from published_code import Denoise, FittingClock, calibrated_as_published, let_i
 from random_unet import UNet2DModel, save_unet
 
 from calib.calibrate import calibrated
-from calib.metrics import prediction_sqnr
 from calib.model.fake_quantized import load_reference
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler
-from calib.plan import Limits
 from calib.record.conditioning import recipe_conditioning
 from calib.record.trajectories import SamplerSettings, Trajectories, record_trajectories
+from calib.run.evaluate import prediction_sqnr
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.noise import initial_noise

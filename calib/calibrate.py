@@ -13,17 +13,17 @@ import diffusers
 import numpy as np
 import torch
 
-from calib.check import probe_of
 from calib.device import device_name, reproducible
 from calib.fit.column_rounding import why_no_kernel
 from calib.model.layers import Survey, survey
 from calib.model.load import SourceModel, load_model
 from calib.model.network import float_tensors
 from calib.model.schedulers import build_scheduler, step_options
-from calib.plan import Limits, Plan, make_plan
-from calib.ranks import Ranks, torchrun_ranks
 from calib.record.work_folder import WorkFolder, open_work, require_work, started_with
-from calib.stages import Stages
+from calib.run.evaluate import probe_of
+from calib.run.plan import Limits, Plan, make_plan
+from calib.run.processes import ProcessGroup, process_group
+from calib.run.stages import Stages
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
@@ -58,24 +58,24 @@ def calibrate(
     """
     require_place(output, replace_existing=fresh)
     folder = work_folder(output)
-    with torchrun_ranks() as ranks, reproducible(limits.device, limits.memory):
-        if ranks.leads:
+    with process_group() as group, reproducible(limits.device, limits.memory):
+        if group.leads:
             require_work(folder, _known(recipe, limits), fresh=fresh)
         source = load_model(model, limits.device, sample_size=recipe.sample_size, tell=progress.tell)
         surveyed = _survey(source, recipe, strict=strict)
         _tell_of_kernel(limits.device, progress)
-        plan = ranks.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
-        with _shared_work(folder, _fingerprint(source, recipe, plan, limits), ranks, fresh=fresh) as work:
-            if ranks.leads:
+        plan = group.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
+        with _shared_work(folder, _fingerprint(source, recipe, plan, limits), group, fresh=fresh) as work:
+            if group.leads:
                 require_place(output, replace_existing=fresh)  # or another process has written it meanwhile
-            stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, ranks)
+            stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, group)
             checkpoint = _checkpoint(stages)
-            ranks.wait()  # until all have read what is about to be deleted
+            group.wait()  # until all have read what is about to be deleted
             run = _run_facts(progress, plan)
-            if ranks.leads:
+            if group.leads:
                 save_checkpoint(checkpoint, output, run=run, replace_existing=fresh)
                 shutil.rmtree(folder)
-            ranks.wait()
+            group.wait()
         progress.note("done", checkpoint=str(output), **run)
         return checkpoint
 
@@ -113,7 +113,7 @@ def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Li
     with tempfile.TemporaryDirectory() as folder, reproducible(limits.device, limits.memory):
         plan = make_plan(source, surveyed, recipe, limits, Path(folder))
         work = WorkFolder(Path(folder))
-        return _checkpoint(Stages(source, surveyed, recipe, plan, limits.device, progress, work, Ranks()))
+        return _checkpoint(Stages(source, surveyed, recipe, plan, limits.device, progress, work, ProcessGroup()))
 
 
 def work_folder(output: Path) -> Path:
@@ -143,14 +143,16 @@ def _survey(source: SourceModel, recipe: Recipe, *, strict: bool) -> Survey:
 
 
 @contextmanager
-def _shared_work(folder: Path, fingerprint: dict[str, Any], ranks: Ranks, *, fresh: bool) -> Iterator[WorkFolder]:
+def _shared_work(
+    folder: Path, fingerprint: dict[str, Any], group: ProcessGroup, *, fresh: bool
+) -> Iterator[WorkFolder]:
     """The work folder; one process opens it, the others come after."""
-    if ranks.leads:
+    if group.leads:
         with open_work(folder, fingerprint, fresh=fresh) as work:
-            ranks.wait()
+            group.wait()
             yield work
     else:
-        ranks.wait()
+        group.wait()
         yield WorkFolder(folder)
 
 

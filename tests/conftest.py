@@ -14,7 +14,7 @@ from models import TINY_RECIPE, save_tiny_model
 
 import dmq_export.progress
 from calib.calibrate import calibrate
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx

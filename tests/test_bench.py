@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from models import TINY_RECIPE, random_embeddings, save_tiny_network
 
 from calib.calibrate import calibrate
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.arguments import arguments
 from dmq_export.bundled import BUNDLED
 from dmq_export.cli import main

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_cli import TINY, assert_refused, run
 
-import calib.stages
+import calib.run.stages
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_same_command_goes_on_and_another_is_refused_in_one_line(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(calib.stages, "run_tasks", stop)
+        stopped.setattr(calib.run.stages, "run_tasks", stop)
         interrupted = run("calibrate", tiny_model, "-o", tmp_path / "ckpt", *TINY)
         assert interrupted.exit_code == 130
         assert interrupted.stderr.endswith(

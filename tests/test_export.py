@@ -15,7 +15,7 @@ from models import TINY_RECIPE, save_small_model
 
 from calib.calibrate import calibrate
 from calib.model.fake_quantized import load_reference
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_graph, export_onnx

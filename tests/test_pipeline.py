@@ -23,7 +23,7 @@ from calib.model.schedulers import build_scheduler
 from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline
 from calib.pipeline.text_encoder import encode_prompts
 from calib.pipeline.vae import decode, decoder_folder
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx

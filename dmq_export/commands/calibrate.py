@@ -21,7 +21,7 @@ from dmq_export.recipe import Recipe
 from dmq_export.table import table
 
 if TYPE_CHECKING:
-    from calib.plan import Limits, Plan
+    from calib.run.plan import Limits, Plan
 
 Device = Literal["auto", "cpu", "cuda"]
 WORST_SHOWN = 5
@@ -110,7 +110,7 @@ class Means:
         Raises:
             DmqError: ``cuda`` was asked for and is not there.
         """
-        from calib.plan import Limits
+        from calib.run.plan import Limits
 
         return Limits(choose_device(self.device), memory=self.memory, workers=self.workers)
 

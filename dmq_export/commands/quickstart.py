@@ -128,7 +128,7 @@ def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Check
     import torch
 
     from calib.calibrate import calibrate
-    from calib.plan import Limits
+    from calib.run.plan import Limits
 
     recipe = recipe_from("fast", bits=Bits.parse(name), null_label=NO_LABEL, seed=seed)
     limits = Limits(torch.device("cpu"))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from calib.calibrate import calibrate
 from calib.fit.mixed_precision import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.model.load import SourceModel
-from calib.plan import Limits
 from calib.record.trajectories import Trajectories
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.layer import LayerSpec

@@ -12,7 +12,7 @@ from torch import nn
 from calib.calibrate import calibrate
 from calib.model.layers import survey
 from calib.model.load import load_model
-from calib.plan import Limits
+from calib.run.plan import Limits
 from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 
-import calib.duration
-from calib.duration import _line, _rest_nanoseconds, fit_seconds
+import calib.run.time_estimate
 from calib.model.load import SourceModel, load_model
 from calib.record.layer_inputs import columns_of
+from calib.run.time_estimate import _line, _rest_nanoseconds, fit_seconds
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
@@ -54,7 +54,7 @@ def test_a_layer_takes_a_moment_and_what_it_multiplies(source: SourceModel, monk
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
         return 1e-4 * columns_of(spec), rest(spec)
 
-    monkeypatch.setattr(calib.duration, "_probe", probe)
+    monkeypatch.setattr(calib.run.time_estimate, "_probe", probe)
     without = replace(TINY_RECIPE, les_iterations=0, clip=False)
     recipe = replace(without, les_iterations=50)
     found = fit_seconds(source, specs, without)
@@ -80,10 +80,10 @@ def test_a_layer_twice_as_large_takes_about_as_much_longer_as_its_columns_say() 
 
 def test_a_long_probe_runs_once_and_a_short_one_until_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     now, taken = iter([0.0, 5.0, 10.0, 10.4, 11.0, 11.1, 12.0, 12.2]), []
-    monkeypatch.setattr(calib.duration.time, "perf_counter", lambda: next(now))
-    assert calib.duration._best_seconds(lambda: taken.append(0), CPU) == 5.0
+    monkeypatch.setattr(calib.run.time_estimate.time, "perf_counter", lambda: next(now))
+    assert calib.run.time_estimate._best_seconds(lambda: taken.append(0), CPU) == 5.0
     assert len(taken) == 1
-    assert calib.duration._best_seconds(lambda: taken.append(0), CPU) == pytest.approx(0.1)
+    assert calib.run.time_estimate._best_seconds(lambda: taken.append(0), CPU) == pytest.approx(0.1)
     assert len(taken) == 4
 
 
@@ -95,7 +95,7 @@ def test_on_a_gpu_a_probe_runs_once_untimed_and_waits_for_what_it_started(monkey
         clock[0] += sum(started)
         started.clear()
 
-    monkeypatch.setattr(calib.duration.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(calib.run.time_estimate.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     seconds = iter([100.0, 3.0])  # the first compiles
-    assert calib.duration._best_seconds(lambda: started.append(next(seconds)), torch.device("cuda")) == 3.0
+    assert calib.run.time_estimate._best_seconds(lambda: started.append(next(seconds)), torch.device("cuda")) == 3.0

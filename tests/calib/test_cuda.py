@@ -27,10 +27,10 @@ from calib.calibrate import calibrate, planned
 from calib.fit.cuda_graph import CudaGraph
 from calib.fit.gptq import gptq_codes
 from calib.fit.les import LesSettings, fit_les
-from calib.plan import Limits
 from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
-from calib.stages import Stages
+from calib.run.plan import Limits
+from calib.run.stages import Stages
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
 EVERY_STAGE = replace(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib.check import VARIANTS, sqnr_by_step
 from calib.device import evaluating
 from calib.fit.adaround import adaround
 from calib.fit.layer import LayerFit, LayerWeights, fit_key, load_fit
@@ -21,15 +20,16 @@ from calib.fit.mixed_precision import MORE, few_evaluations, most_sensitive, pre
 from calib.fit.pts import count_votes, decide
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
-from calib.plan import Family, Plan
 from calib.quant.patches import weight_of
-from calib.ranks import Ranks
 from calib.record.block_inputs import CallRecorder
 from calib.record.conditioning import recipe_conditioning
 from calib.record.layer_inputs import Captures, Place, Visit, inputs_seen
 from calib.record.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
 from calib.record.work_folder import WorkFolder
-from calib.workers import FitTask, run_tasks
+from calib.run.evaluate import VARIANTS, sqnr_by_step
+from calib.run.plan import Family, Plan
+from calib.run.processes import ProcessGroup
+from calib.run.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.progress import Advance, Progress
@@ -50,7 +50,7 @@ class Stages:
     device: torch.device
     progress: Progress
     work: WorkFolder
-    ranks: Ranks
+    group: ProcessGroup
 
     def record(self, name: str, count: int, *, held_out: bool = False) -> Trajectories:
         """Sample ``count`` trajectories; sets of different names are independent.
@@ -90,7 +90,7 @@ class Stages:
                 captures = self._captures(families, calibration.extent, calibration.branches)
                 self._capture(captures, calibration)
                 self._fit_pass(captures, families)
-                if self.ranks.leads:
+                if self.group.leads:
                     captures.forget()
         return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
 
@@ -135,7 +135,7 @@ class Stages:
         if recipe.rounding != "adaround":
             return list(layers)
         blocks = {f"blocks/{block.name}": block for block in self.surveyed.blocks}
-        missing = [blocks[key].name for key in self.ranks.share(list(blocks)) if key not in self.work]
+        missing = [blocks[key].name for key in self.group.share(list(blocks)) if key not in self.work]
         network, evaluations = self.source.network, recipe.round_samples
         recorder = CallRecorder(network, missing, calibration, evaluations=evaluations, batch=self.plan.batch)
 
@@ -208,14 +208,14 @@ class Stages:
         def has(key: str) -> bool:
             return captures.has(batches[key])
 
-        if all(has(key) for key in self.ranks.share(list(batches))):
-            self.ranks.wait()  # for those who have something to do
+        if all(has(key) for key in self.group.share(list(batches))):
+            self.group.wait()  # for those who have something to do
         else:
             sizes = {key: len(rows) * calibration.extent.steps for key, rows in batches.items()}
             self._each("layer inputs", "evaluation", sizes, compute, has)
 
     def _fit_pass(self, captures: Captures, families: Sequence[Family]) -> None:
-        mine = self.ranks.share(families)
+        mine = self.group.share(families)
         missing = [specs for specs in mine if not self._fitted(specs)]
         total = sum(len(specs) for specs in mine)
         with self.progress.stage("layer fits", total, "layer") as advance:
@@ -227,7 +227,7 @@ class Stages:
                     self.progress.note("layer", name=name, seconds=round(taken, 3))
 
             run_tasks([self._task(specs, captures) for specs in missing], self.plan.workers, done)
-            self.ranks.wait()
+            self.group.wait()
 
     def _fitted(self, specs: Sequence[LayerSpec]) -> bool:
         return all(fit_key(spec) in self.work for spec in specs)
@@ -260,7 +260,7 @@ class Stages:
     ) -> None:
         """Compute this process's share of ``items`` (with their sizes) that is not there, then wait for the others."""
         is_there = has or self.work.__contains__
-        mine = self.ranks.share(list(items))
+        mine = self.group.share(list(items))
         total = sum(items[key] for key in mine)
         with self.progress.stage(stage, total, unit) as advance, evaluating(self.device):
             for key in mine:
@@ -268,7 +268,7 @@ class Stages:
                     advance(items[key])
                 else:
                     compute(key, advance)
-            self.ranks.wait()
+            self.group.wait()
 
 
 def _parted(count: int, at_once: int) -> list[range]:

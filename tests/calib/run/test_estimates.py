@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import calib.device
-import calib.duration
-from calib.duration import fit_seconds, stage_seconds
-from calib.footprint import footprint
+import calib.run.time_estimate
 from calib.model.layers import Survey, survey
 from calib.model.load import SourceModel, load_model
 from calib.record.conditioning import recipe_conditioning
+from calib.run.memory_estimate import footprint
+from calib.run.time_estimate import fit_seconds, stage_seconds
 from dmq_export.bundled import model_folder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe, recipe_from
@@ -81,7 +81,7 @@ def test_the_seconds_of_the_bundled_model(
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
         return 1e-6 * spec.weight_count + 1e-3, 1e-5 * spec.weight_count + 1e-2
 
-    monkeypatch.setattr(calib.duration, "_probe", probe)
+    monkeypatch.setattr(calib.run.time_estimate, "_probe", probe)
     specs = surveyed.coverage.quantized
     seconds = fit_seconds(digits, specs, recipe)
     assert sum(seconds) == pytest.approx(fits, rel=1e-9)

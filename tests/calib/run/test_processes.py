@@ -7,26 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from calib.ranks import Ranks, torchrun_ranks
+from calib.run.processes import ProcessGroup, process_group
 from dmq_export.errors import DmqError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_outside_of_torchrun_a_process_is_alone_and_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with torchrun_ranks() as ranks:
-        assert ranks == Ranks(0, 1)
-        assert ranks.leads
-        ranks.wait()  # for nobody
+    with process_group() as group:
+        assert group == ProcessGroup(0, 1)
+        assert group.leads
+        group.wait()  # for nobody
 
 
 AGREE = """
 import sys
-from calib.ranks import torchrun_ranks
-with torchrun_ranks() as ranks:  # a line at once, or lines of two processes mix
-    sys.stdout.write(f"{ranks.index} {ranks.agree(lambda: f'chosen by {ranks.index}')}\\n")
+from calib.run.processes import process_group
+with process_group() as group:  # a line at once, or lines of two processes mix
+    sys.stdout.write(f"{group.index} {group.agree(lambda: f'chosen by {group.index}')}\\n")
 """
 
 
@@ -40,7 +40,7 @@ def together(script: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_all_processes_do_as_the_leader_chooses(tmp_path: Path) -> None:
-    assert Ranks().agree(lambda: 7) == 7
+    assert ProcessGroup().agree(lambda: 7) == 7
     (tmp_path / "agree.py").write_text(AGREE)
     done = together(tmp_path / "agree.py")
     assert sorted(done.stdout.splitlines()) == ["0 chosen by 0", "1 chosen by 0"]
@@ -48,13 +48,13 @@ def test_all_processes_do_as_the_leader_chooses(tmp_path: Path) -> None:
 
 LEAVE = """
 import sys
-from calib.ranks import torchrun_ranks
+from calib.run.processes import process_group
 from dmq_export.errors import DmqError
 try:
-    with torchrun_ranks() as ranks:
-        if ranks.leads:
+    with process_group() as group:
+        if group.leads:
             raise DmqError("the reason")
-        ranks.wait()
+        group.wait()
 except DmqError as error:
     sys.stdout.write(f"{error}\\n")
 """
@@ -72,4 +72,4 @@ def test_processes_that_nobody_introduced_are_one_line(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(DmqError, match=r"do not find each other \(.*MASTER_ADDR.*\): start them with torchrun"):
-        torchrun_ranks().__enter__()
+        process_group().__enter__()

@@ -21,8 +21,8 @@ LONGEST_STAGE = timedelta(days=7)  # torchrun ends the others when one process f
 
 
 @dataclass(frozen=True)
-class Ranks(Rank):
-    """A process that can wait for the others."""
+class ProcessGroup(Rank):
+    """This process among those that share the calibration."""
 
     @property
     def leads(self) -> bool:
@@ -45,11 +45,11 @@ class Ranks(Rank):
         Raises:
             DmqError: the leader has ended.
         """
-        told = [choose() if self.leads else None]
+        chosen = [choose() if self.leads else None]
         if self.count > 1:
             with _others_there():
-                distributed.broadcast_object_list(told)
-        return cast("T", told[0])
+                distributed.broadcast_object_list(chosen)
+        return cast("T", chosen[0])
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _others_there() -> Iterator[None]:
 
 
 @contextmanager
-def torchrun_ranks() -> Iterator[Ranks]:
+def process_group() -> Iterator[ProcessGroup]:
     """The processes of ``torchrun``; outside of it, this one alone.
 
     Raises:
@@ -75,7 +75,7 @@ def torchrun_ranks() -> Iterator[Ranks]:
             reason = str(error).splitlines()[0]
             raise DmqError(f"the processes do not find each other ({reason}): start them with torchrun") from error
     try:
-        yield Ranks(own.index, own.count)
+        yield ProcessGroup(own.index, own.count)
     finally:
         if own.count > 1:
             distributed.destroy_process_group()

@@ -14,17 +14,17 @@ import pytest
 import torch
 from models import TINY_RECIPE, save_small_model, save_tiny_model
 
-import calib.plan
-import calib.stages
+import calib.run.plan
+import calib.run.stages
 from calib.calibrate import calibrate, planned, work_folder
-from calib.plan import Limits
 from calib.record.layer_inputs import Captures
 from calib.record.work_folder import WorkFolder
+from calib.run.plan import Limits
 from dmq_export.checkpoint import FACTS, TENSORS
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU, QUIET = Limits(torch.device("cpu")), Progress(show=False)
 # two groups of samples, every stage
 RECIPE = replace(
@@ -115,7 +115,7 @@ def test_stopped_after_any_item_it_goes_on_and_ends_with_the_same_bytes(
 def test_another_recipe_does_not_go_on_with_it(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calib.stages, "run_tasks", stop)
+    monkeypatch.setattr(calib.run.stages, "run_tasks", stop)
     with pytest.raises(Stopped):
         run(small_model, tmp_path / "out")
     with pytest.raises(DmqError, match=r"holds an unfinished calibration with seed 0, this one has 1"):
@@ -128,10 +128,10 @@ def test_it_goes_on_with_the_batch_it_began_with_whatever_memory_is_free_now(
     small_model: Path, undisturbed: tuple[bytes, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as now:
-        now.setattr(calib.stages, "run_tasks", stop)
+        now.setattr(calib.run.stages, "run_tasks", stop)
         with pytest.raises(Stopped):
             run(small_model, tmp_path / "out")
-    monkeypatch.setattr(calib.plan, "BATCHES", (1,))
+    monkeypatch.setattr(calib.run.plan, "BATCHES", (1,))
     assert planned(small_model, tmp_path / "out", RECIPE, CPU, QUIET)[1].batch == 16
     assert planned(small_model, tmp_path / "out", RECIPE, CPU, QUIET, fresh=True)[1].batch == 1
     run(small_model, tmp_path / "out")
@@ -162,7 +162,7 @@ def test_what_is_captured_is_not_captured_again_where_there_is_less_room_now(
     recipe = replace(RECIPE, rounding="gptq", sensitive_share=0.0)
     run(small_model, tmp_path / "alone", recipe=recipe)
     with monkeypatch.context() as now:
-        now.setattr(calib.stages, "run_tasks", stop)
+        now.setattr(calib.run.stages, "run_tasks", stop)
         with pytest.raises(Stopped):
             run(small_model, tmp_path / "out", recipe=recipe)
     taken, take = [], Captures.take

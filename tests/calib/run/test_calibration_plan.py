@@ -16,15 +16,15 @@ from models import TINY_RECIPE, save_small_model, save_tiny_conditional
 from torch import Tensor, nn
 
 import calib.device
-import calib.footprint
+import calib.run.memory_estimate
 from calib.calibrate import planned, work_folder
-from calib.footprint import Footprint, activation_bytes, fit_bytes, footprint
 from calib.model.layers import survey
 from calib.model.load import SourceModel, load_model
-from calib.plan import Limits, make_plan, split_passes
 from calib.record.conditioning import Conditioning, recipe_conditioning
 from calib.record.layer_inputs import capture_bytes
 from calib.record.work_folder import WorkFolder
+from calib.run.memory_estimate import Footprint, activation_bytes, fit_bytes, footprint
+from calib.run.plan import Limits, make_plan, split_passes
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
@@ -122,7 +122,7 @@ def test_less_memory_means_smaller_batches_then_a_refusal(
 ) -> None:
     monkeypatch.setattr(calib.device, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.device, "peak_memory", lambda: GIB)
-    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
+    monkeypatch.setattr(calib.run.memory_estimate, "activation_bytes", lambda source, told: GIB // 4)
     batches = [plan_of(small, Limits(CPU, memory=n * GIB // 4), tmp_path).batch for n in (24, 12, 9, 7, 6)]
     assert batches == [16, 4, 4, 2, 1]
     with pytest.raises(
@@ -139,7 +139,7 @@ def test_processes_of_one_machine_share_its_free_memory(
 ) -> None:
     monkeypatch.setattr(calib.device, "current_memory", lambda: GIB)
     monkeypatch.setattr(calib.device, "available_memory", lambda: 5 * GIB)
-    monkeypatch.setattr(calib.footprint, "activation_bytes", lambda source, told: GIB // 4)
+    monkeypatch.setattr(calib.run.memory_estimate, "activation_bytes", lambda source, told: GIB // 4)
     assert plan_of(small, Limits(CPU), tmp_path).batch == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan_of(small, Limits(CPU), tmp_path).batch == 4

@@ -18,7 +18,7 @@ from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import Captures
 from calib.record.trajectories import SamplerSettings, record_trajectories
 from calib.record.work_folder import WorkFolder
-from calib.workers import FitTask, one_thread, run_tasks
+from calib.run.workers import FitTask, one_thread, run_tasks
 from dmq_export.bits import Bits
 from dmq_export.errors import DmqError
 

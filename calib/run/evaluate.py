@@ -1,10 +1,11 @@
 """How good a calibration is, on trajectories it has not seen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from calib.metrics import prediction_sqnr
+from calib.metrics import decibels
 from calib.model.fake_quantized import quantized
 from calib.model.load import SourceModel
 from calib.record.trajectories import Trajectories
@@ -33,6 +34,28 @@ def sqnr_by_step(
             return reference(x.to(device), timestep, **moved).cpu()
 
         return [round(value, 3) for value in prediction_sqnr(denoise, held_out, batch=batch)]
+
+
+def prediction_sqnr(denoise: Callable[..., Tensor], held_out: Trajectories, *, batch: int | None = None) -> list[float]:
+    """SQNR of ``denoise`` against the recorded float predictions, in dB, one per step ``[T]``.
+
+    Args:
+        batch: samples per evaluation; None for all at once.
+    """
+    samples = held_out.inputs.shape[1]
+    parts = [slice(start, start + (batch or samples)) for start in range(0, samples, batch or samples)]
+    return [
+        decibels(
+            expected,
+            torch.cat(
+                [
+                    denoise(x[rows], timestep, **{key: value[rows] for key, value in held_out.conditioning.items()})
+                    for rows in parts
+                ]
+            ),
+        )
+        for timestep, x, expected in zip(held_out.timesteps, held_out.inputs, held_out.predictions, strict=True)
+    ]
 
 
 def probe_of(held_out: Trajectories) -> Probe:

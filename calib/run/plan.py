@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
-from calib.duration import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
-from calib.footprint import WORKER_BYTES, footprint
 from calib.model.layers import Survey
 from calib.model.load import SourceModel
 from calib.record.conditioning import recipe_conditioning
 from calib.record.layer_inputs import capture_bytes
 from calib.record.work_folder import WorkFolder
+from calib.run.memory_estimate import WORKER_BYTES, footprint
+from calib.run.time_estimate import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
 from dmq_export.memory import in_words

@@ -15,14 +15,14 @@ from diffusers import DDIMScheduler, UNet2DModel
 from models import TINY_RECIPE, save_small_model
 from torch import nn
 
-import calib.plan
-import calib.stages
+import calib.run.plan
+import calib.run.stages
 from calib.calibrate import calibrate
 from calib.model.fake_quantized import quantized
 from calib.model.load import load_model
-from calib.plan import Limits
 from calib.record.conditioning import recipe_conditioning
 from calib.record.trajectories import Trajectories
+from calib.run.plan import Limits
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.errors import DmqError, ModelError
@@ -231,14 +231,14 @@ def test_guidance_calibrates_both_branches(labelled_model: Path, tmp_path: Path)
 
 def test_both_branches_of_guidance_vote(labelled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three samples are asked for; with two at a time, that takes the rows of four, each with both its branches."""
-    voting, count = [], calib.stages.count_votes
+    voting, count = [], calib.run.stages.count_votes
 
     def noted(network: nn.Module, trajectories: Trajectories, rows: range, *rest: Any, **options: Any) -> Any:
         voting.extend(trajectories.conditioning["class_labels"][rows.start : rows.stop].tolist())
         return count(network, trajectories, rows, *rest, **options)
 
-    monkeypatch.setattr(calib.plan, "BATCHES", (2,))
-    monkeypatch.setattr(calib.stages, "count_votes", noted)
+    monkeypatch.setattr(calib.run.plan, "BATCHES", (2,))
+    monkeypatch.setattr(calib.run.stages, "count_votes", noted)
     recipe = replace(RECIPE, guidance_scale=2.0, null_label=2, labels=(0, 1), samples=6, pts_samples=3)
     run(labelled_model, tmp_path / "out", recipe)
     assert voting == [0, 1, 2, 2] * 2

@@ -16,11 +16,11 @@ from calib.fit.les import LES_OUTPUTS
 from calib.fit.mixed_precision import SAMPLES, STEPS
 from calib.fit.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
 from calib.fit.weight_range import CANDIDATES, COARSE_COLUMNS, NEAR
-from calib.footprint import evaluate_zeros
 from calib.model.load import SourceModel
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import Extrema, LayerInputs, columns_of, patch_rows
-from calib.workers import one_thread
+from calib.run.memory_estimate import evaluate_zeros
+from calib.run.workers import one_thread
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
