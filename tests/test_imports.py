@@ -20,11 +20,13 @@ HOMES = {  # heavy library -> packages that may import it
     "polygraphy": {"engines"},
     "cuda": {"engines"},
 }
+# calib from the ground up: each floor stands on those below it
+FLOORS = [{"device", "metrics"}, {"quant"}, {"model"}, {"pipeline", "record"}, {"fit"}, {"run"}, {"calibrate"}]
 
 
-def imports_of(path: Path) -> set[str]:
-    """Top-level packages that ``path`` imports at run time, anywhere in the file."""
-    names = set()
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of the modules that ``path`` imports at run time, anywhere in the file."""
+    names: set[str] = set()
     tree = ast.parse(path.read_text())
     typing_only = {
         id(child)
@@ -36,10 +38,15 @@ def imports_of(path: Path) -> set[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.partition(".")[0])
+            names |= {node.module} if node.module not in OURS else {f"{node.module}.{a.name}" for a in node.names}
     return names
+
+
+def imports_of(path: Path) -> set[str]:
+    """Their top-level packages."""
+    return {name.partition(".")[0] for name in imported_modules(path)}
 
 
 def modules(package: str) -> list[Path]:
@@ -68,6 +75,21 @@ def test_a_heavy_library_stays_at_home(library: str) -> None:
     for package in OURS - HOMES[library]:
         for path in modules(package):
             assert is_command(path) or library not in imports_of(path), path
+
+
+def test_every_module_of_calib_is_on_a_floor() -> None:
+    rooms = {path.relative_to(ROOT / "calib").parts[0].removesuffix(".py") for path in modules("calib")}
+    assert rooms - {"__init__"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_calib_imports_only_from_the_floors_below_and_its_own_room(floor: int) -> None:
+    below = set().union(*FLOORS[:floor])
+    for room in FLOORS[floor]:
+        for path in [ROOT / f"calib/{room}.py", *modules(f"calib/{room}")]:
+            if path.is_file():
+                inside = {name.split(".")[1] for name in imported_modules(path) if name.startswith("calib.")}
+                assert inside <= below | {room}, path
 
 
 NO_HEAVY_LIBRARY = f"import sys; sys.modules.update(dict.fromkeys({list(HOMES)}))"
