@@ -26,11 +26,11 @@ import torch
 import calib.fit.layer
 from calib.calibrate import calibrated
 from calib.fit.les import LesResult, LesSettings, fit_les
-from calib.model.denoiser import reference_denoiser
-from calib.model.layers import survey
+from calib.model.denoiser import fake_quantized_denoiser
+from calib.model.layers import select_layers
 from calib.model.load import SourceModel, load_model
 from calib.record.layer_inputs import LayerInputs
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
@@ -139,8 +139,8 @@ def remembering(fit: Callable[..., LesResult]) -> Callable[..., LesResult]:
 
 def score(source: SourceModel, recipe: Recipe) -> Score:
     """Calibrate and measure."""
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu"), workers=1), Progress(show=False))
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    checkpoint = calibrated(source, selection, recipe, Resources(torch.device("cpu"), workers=1), Progress(show=False))
     sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
     expected, drawn = _pictures(checkpoint)
     return Score(float(np.mean(sqnr)), min(sqnr), psnr(expected, drawn))
@@ -149,7 +149,7 @@ def score(source: SourceModel, recipe: Recipe) -> Score:
 def _pictures(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     """Final samples of the float model and of the reference from the same noise."""
     facts = facts_from_json(model_facts(checkpoint, "reference"))
-    reference = Engine("reference", "torch", reference_denoiser(checkpoint, torch.device("cpu")), facts)
+    reference = Engine("reference", "torch", fake_quantized_denoiser(checkpoint, torch.device("cpu")), facts)
     settings = SampleSettings(count=PICTURES, seed=1000 + checkpoint.recipe["seed"], null_label=NO_LABEL, batch=64)
     for engine in (float_engine("digits", reference), reference):
         yield draw_samples(engine, settings, Progress(show=False))

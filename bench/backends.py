@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.model.denoiser import TorchDenoiser
-from calib.model.fake_quantized import load_reference, perturbed
+from calib.model.fake_quantized import load_fake_quantized, perturbed
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.drawing import Arrays, SampleSettings, draw_samples, labels_conditioning
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
@@ -56,7 +56,7 @@ def rms(values: Array) -> float:
 
 def rows(checkpoint: Path, graphs: list[Path], model: str, settings: SampleSettings) -> Iterator[tuple[str, ...]]:
     """The yardstick's, then one per graph and backend."""
-    model_reference = load_reference(load_checkpoint(checkpoint), CPU)
+    model_reference = load_fake_quantized(load_checkpoint(checkpoint), CPU)
     facts = open_engine(checkpoint).facts
     reference = Engine("reference", "torch", TorchDenoiser(model_reference, CPU), facts)
     asked, float_samples = float_trajectory(float_engine(model, reference), settings)

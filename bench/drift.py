@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 
 from calib.calibrate import calibrated
-from calib.model.layers import survey
+from calib.model.layers import select_layers
 from calib.model.load import load_model
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.commands.onnx import export_graph
@@ -32,8 +32,8 @@ def verification(bits: Bits, rounding: Rounding) -> Verification:
     """Calibrate, export and verify the bundled model in memory."""
     source = load_model(BUNDLED / "digits", torch.device("cpu"))
     recipe = replace(recipe_from("fast"), bits=bits, rounding=rounding, null_label=10)
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    checkpoint = calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    checkpoint = calibrated(source, selection, recipe, Resources(torch.device("cpu")), Progress(show=False))
     return verify(export_graph(checkpoint), checkpoint, Progress(show=False))
 
 

@@ -86,7 +86,7 @@ def make(size: Size, folder: Path) -> dict[str, int]:
     import torch
 
     from calib.model.families import example_conditioning
-    from calib.model.layers import survey
+    from calib.model.layers import select_layers
     from calib.model.load import SourceModel
     from dmq_export.bits import Bits
     from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, save_checkpoint
@@ -96,7 +96,7 @@ def make(size: Size, folder: Path) -> dict[str, int]:
         network = getattr(diffusers, size.class_name)(**size.config).eval()
     config = json.loads(json.dumps(dict(network.config)))
     source = SourceModel(network, size.class_name, config, {}, "0" * 64)
-    coverage = survey(source, Bits(4, 8), "symmetric", ()).coverage
+    coverage = select_layers(source, Bits(4, 8), "symmetric", ()).coverage
     quantized = {spec.name for spec in coverage.quantized}
     rng = np.random.default_rng(0)
     named = [*network.named_parameters(), *network.named_buffers()]

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from random_unet import save_unet
 
 from calib.calibrate import calibrated
-from calib.model.layers import survey
+from calib.model.layers import select_layers
 from calib.model.load import load_model
 from calib.model.trace import trace_network
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
@@ -73,8 +73,8 @@ def checkpoint_of(folder: Path) -> Checkpoint:
         scheme="symmetric",
         scales="static",
     )
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    return calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False))
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    return calibrated(source, selection, recipe, Resources(torch.device("cpu")), Progress(show=False))
 
 
 def varied(checkpoint: Checkpoint, *, steps: bool, asymmetric: bool = False) -> Checkpoint:

@@ -38,15 +38,15 @@ from published_code import Denoise, FittingClock, calibrated_as_published, let_i
 from random_unet import UNet2DModel, save_unet
 
 from calib.calibrate import calibrated
-from calib.model.fake_quantized import load_reference
-from calib.model.layers import survey
+from calib.model.fake_quantized import load_fake_quantized
+from calib.model.layers import select_layers
 from calib.model.load import SourceModel, load_model
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler
 from calib.record.conditioning import recipe_conditioning
 from calib.record.trajectories import SamplerSettings, Trajectories, record_trajectories
 from calib.run.evaluate import prediction_sqnr
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.noise import initial_noise
@@ -140,10 +140,12 @@ def ours(run: Run) -> Outcome:
     source, recipe = load_model(Path(run.model), torch.device("cpu")), _recipe(run)
     unchecked = replace(recipe, check_samples=1)  # the published code's time has no check in it either
     stopwatch = _Stopwatch()
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    checkpoint = calibrated(source, surveyed, unchecked, Limits(torch.device("cpu"), workers=1), Progress(show=False))
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    checkpoint = calibrated(
+        source, selection, unchecked, Resources(torch.device("cpu"), workers=1), Progress(show=False)
+    )
     taken = stopwatch.read()
-    return _outcome(source, recipe, load_reference(checkpoint, torch.device("cpu")), taken, 0.0)
+    return _outcome(source, recipe, load_fake_quantized(checkpoint, torch.device("cpu")), taken, 0.0)
 
 
 def published(run: Run) -> Outcome:

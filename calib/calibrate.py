@@ -15,13 +15,13 @@ import torch
 
 from calib.device import device_name, reproducible
 from calib.fit.column_rounding import why_no_kernel
-from calib.model.layers import Survey, survey
+from calib.model.layers import LayerSelection, select_layers
 from calib.model.load import SourceModel, load_model
 from calib.model.network import float_tensors
 from calib.model.schedulers import build_scheduler, step_options
 from calib.record.work_folder import WorkFolder, open_work, require_work, started_with
 from calib.run.evaluate import probe_of
-from calib.run.plan import Limits, Plan, make_plan
+from calib.run.plan import CalibrationPlan, Resources, make_plan
 from calib.run.processes import ProcessGroup, process_group
 from calib.run.stages import Stages
 from dmq_export import __version__
@@ -38,7 +38,7 @@ def calibrate(
     model: Path,
     output: Path,
     recipe: Recipe,
-    limits: Limits,
+    resources: Resources,
     progress: Progress,
     *,
     strict: bool = False,
@@ -58,24 +58,24 @@ def calibrate(
     """
     require_place(output, replace_existing=fresh)
     folder = work_folder(output)
-    with process_group() as group, reproducible(limits.device, limits.memory):
-        if group.leads:
-            require_work(folder, _known(recipe, limits), fresh=fresh)
-        source = load_model(model, limits.device, sample_size=recipe.sample_size, tell=progress.tell)
-        surveyed = _survey(source, recipe, strict=strict)
-        _tell_of_kernel(limits.device, progress)
-        plan = group.agree(lambda: _plan(source, surveyed, recipe, limits, folder, fresh=fresh))
-        with _shared_work(folder, _fingerprint(source, recipe, plan, limits), group, fresh=fresh) as work:
-            if group.leads:
+    with process_group() as processes, reproducible(resources.device, resources.memory):
+        if processes.leads:
+            require_work(folder, _known(recipe, resources), fresh=fresh)
+        source = load_model(model, resources.device, sample_size=recipe.sample_size, notice=progress.tell)
+        selection = _selected(source, recipe, strict=strict)
+        _tell_of_kernel(resources.device, progress)
+        plan = processes.agree(lambda: _plan(source, selection, recipe, resources, folder, fresh=fresh))
+        with _shared_work(folder, _fingerprint(source, recipe, plan, resources), processes, fresh=fresh) as work:
+            if processes.leads:
                 require_place(output, replace_existing=fresh)  # or another process has written it meanwhile
-            stages = Stages(source, surveyed, recipe, plan, limits.device, progress, work, group)
+            stages = Stages(source, selection, recipe, plan, resources.device, progress, work, processes)
             checkpoint = _checkpoint(stages)
-            group.wait()  # until all have read what is about to be deleted
+            processes.wait()  # until all have read what is about to be deleted
             run = _run_facts(progress, plan)
-            if group.leads:
+            if processes.leads:
                 save_checkpoint(checkpoint, output, run=run, replace_existing=fresh)
                 shutil.rmtree(folder)
-            group.wait()
+            processes.wait()
         progress.note("done", checkpoint=str(output), **run)
         return checkpoint
 
@@ -84,12 +84,12 @@ def planned(
     model: Path,
     output: Path,
     recipe: Recipe,
-    limits: Limits,
+    resources: Resources,
     progress: Progress,
     *,
     strict: bool = False,
     fresh: bool = False,
-) -> tuple[Survey, Plan]:
+) -> tuple[LayerSelection, CalibrationPlan]:
     """What :func:`calibrate` would quantize, and what that would take; nothing is written.
 
     Raises:
@@ -97,23 +97,25 @@ def planned(
     """
     folder = work_folder(output)
     require_place(output, replace_existing=fresh)
-    with reproducible(limits.device, limits.memory):
-        require_work(folder, _known(recipe, limits), fresh=fresh)
-        source = load_model(model, limits.device, sample_size=recipe.sample_size, tell=progress.tell)
-        surveyed = _survey(source, recipe, strict=strict)
-        return surveyed, _plan(source, surveyed, recipe, limits, folder, fresh=fresh)
+    with reproducible(resources.device, resources.memory):
+        require_work(folder, _known(recipe, resources), fresh=fresh)
+        source = load_model(model, resources.device, sample_size=recipe.sample_size, notice=progress.tell)
+        selection = _selected(source, recipe, strict=strict)
+        return selection, _plan(source, selection, recipe, resources, folder, fresh=fresh)
 
 
-def calibrated(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, progress: Progress) -> Checkpoint:
+def calibrated(
+    source: SourceModel, selection: LayerSelection, recipe: Recipe, resources: Resources, progress: Progress
+) -> Checkpoint:
     """The checkpoint of ``source``, in memory.
 
     Raises:
         DmqError: the recipe does not suit the model.
     """
-    with tempfile.TemporaryDirectory() as folder, reproducible(limits.device, limits.memory):
-        plan = make_plan(source, surveyed, recipe, limits, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, reproducible(resources.device, resources.memory):
+        plan = make_plan(source, selection, recipe, resources, Path(folder))
         work = WorkFolder(Path(folder))
-        return _checkpoint(Stages(source, surveyed, recipe, plan, limits.device, progress, work, ProcessGroup()))
+        return _checkpoint(Stages(source, selection, recipe, plan, resources.device, progress, work, ProcessGroup()))
 
 
 def work_folder(output: Path) -> Path:
@@ -121,53 +123,55 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.work")
 
 
-def _plan(source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, folder: Path, *, fresh: bool) -> Plan:
+def _plan(
+    source: SourceModel, selection: LayerSelection, recipe: Recipe, resources: Resources, folder: Path, *, fresh: bool
+) -> CalibrationPlan:
     """Free memory may have changed since an unfinished calibration began; its samples per evaluation may not."""
     before = {} if fresh else started_with(folder)
     batch = before.get(BATCH)
-    return make_plan(source, surveyed, recipe, limits, folder, batch=batch if isinstance(batch, int) else None)
+    return make_plan(source, selection, recipe, resources, folder, batch=batch if isinstance(batch, int) else None)
 
 
-def _survey(source: SourceModel, recipe: Recipe, *, strict: bool) -> Survey:
+def _selected(source: SourceModel, recipe: Recipe, *, strict: bool) -> LayerSelection:
     """What is quantized, once it is known that the sampler and ``strict`` allow it."""
     scheduler = build_scheduler(source.scheduler, recipe.scheduler, recipe.steps, source.config)
     step_options(scheduler, eta=recipe.eta, generators=())
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    for layer in surveyed.coverage.float_layers if strict else ():
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    for layer in selection.coverage.float_layers if strict else ():
         if not layer.by_design:
             raise ModelError(
                 f"layer {layer.name} stays float ({layer.reason}) and --strict is set: accept it with "
                 f"--float-layer {layer.name}, or leave out --strict"
             )
-    return surveyed
+    return selection
 
 
 @contextmanager
 def _shared_work(
-    folder: Path, fingerprint: dict[str, Any], group: ProcessGroup, *, fresh: bool
+    folder: Path, fingerprint: dict[str, Any], processes: ProcessGroup, *, fresh: bool
 ) -> Iterator[WorkFolder]:
     """The work folder; one process opens it, the others come after."""
-    if group.leads:
+    if processes.leads:
         with open_work(folder, fingerprint, fresh=fresh) as work:
-            group.wait()
+            processes.wait()
             yield work
     else:
-        group.wait()
+        processes.wait()
         yield WorkFolder(folder)
 
 
-def _fingerprint(source: SourceModel, recipe: Recipe, plan: Plan, limits: Limits) -> dict[str, Any]:
+def _fingerprint(source: SourceModel, recipe: Recipe, plan: CalibrationPlan, resources: Resources) -> dict[str, Any]:
     """Everything the result depends on. The calibration set is made from these, so it needs no hash of its own."""
-    return {"model": source.weights_sha256, BATCH: plan.batch, **_known(recipe, limits)}
+    return {"model": source.weights_sha256, BATCH: plan.batch, **_known(recipe, resources)}
 
 
-def _known(recipe: Recipe, limits: Limits) -> dict[str, Any]:
+def _known(recipe: Recipe, resources: Resources) -> dict[str, Any]:
     """What of it is known before the model is loaded."""
     return {
         **recipe.to_json(),
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
-        "device": device_name(limits.device),
-        "rounding kernel": _has_kernel(limits.device),
+        "device": device_name(resources.device),
+        "rounding kernel": _has_kernel(resources.device),
         **_versions(),
     }
 
@@ -196,7 +200,7 @@ def _checkpoint(stages: Stages) -> Checkpoint:
         recipe=recipe.to_json(),
         timesteps=calibration.timesteps.numpy(),
         layers=tuple(layers),
-        float_layers=stages.surveyed.coverage.float_layers,
+        float_layers=stages.selection.coverage.float_layers,
         float_tensors=float_tensors(source.network, quantized_names),
         probe=probe_of(held_out),
         metrics={
@@ -217,7 +221,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _run_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
+def _run_facts(progress: Progress, plan: CalibrationPlan) -> dict[str, Any]:
     """What differs from run to run, kept apart from the checkpoint."""
     of_worker = peak_memory(of_children=True)
     return {

@@ -14,7 +14,7 @@ from models import TINY_RECIPE, save_tiny_model
 
 import dmq_export.progress
 from calib.calibrate import calibrate
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
@@ -38,7 +38,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only: copy it to change it."""
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    calibrate(tiny_model, folder, TINY_RECIPE, Limits(torch.device("cpu")), Progress(show=False))
+    calibrate(tiny_model, folder, TINY_RECIPE, Resources(torch.device("cpu")), Progress(show=False))
     return folder
 
 

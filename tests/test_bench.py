@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from models import TINY_RECIPE, random_embeddings, save_tiny_network
 
 from calib.calibrate import calibrate
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.arguments import arguments
 from dmq_export.bundled import BUNDLED
 from dmq_export.cli import main
@@ -82,7 +82,7 @@ def textual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = arguments("UNet2DConditionModel", config)
     cheap = {"samples": 1, "check_samples": 1, "les_iterations": 0, "rounding": "nearest", "clip": False}
     recipe = replace(TINY_RECIPE, **cheap, embeddings=random_embeddings(told, 1))
-    calibrate(folder / "model", folder / "checkpoint", recipe, Limits(torch.device("cpu")), QUIET)
+    calibrate(folder / "model", folder / "checkpoint", recipe, Resources(torch.device("cpu")), QUIET)
     export_onnx(folder / "checkpoint", folder / "graph.onnx", QUIET, verify=False)
     return folder
 

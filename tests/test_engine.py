@@ -52,10 +52,10 @@ def test_a_prediction_is_the_references_up_to_rounding_ties(
     backend: str, tiny_onnx: Path, tiny_checkpoint: Checkpoint
 ) -> None:
     """The rule of docs/arithmetic.md: as far as the reference drifts from itself, or as quantization went."""
-    from calib.model.fake_quantized import load_reference, perturbed
+    from calib.model.fake_quantized import load_fake_quantized, perturbed
 
     engine = open_engine(tiny_onnx, Execution(backend))
-    reference, probe = load_reference(tiny_checkpoint, torch.device("cpu")), tiny_checkpoint.probe
+    reference, probe = load_fake_quantized(tiny_checkpoint, torch.device("cpu")), tiny_checkpoint.probe
     conditioning = {name: torch.from_numpy(value) for name, value in probe.conditioning.items()}
     for step, timestep in enumerate(probe.timesteps):
         sample = torch.from_numpy(probe.sample[step])

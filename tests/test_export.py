@@ -14,8 +14,8 @@ from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
 
 from calib.calibrate import calibrate
-from calib.model.fake_quantized import load_reference
-from calib.run.plan import Limits
+from calib.model.fake_quantized import load_fake_quantized
+from calib.run.plan import Resources
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_graph, export_onnx
@@ -65,7 +65,7 @@ def test_any_batch_runs_and_is_the_reference(session: OnnxSession, tiny_checkpoi
     sample, labels = rng.standard_normal((batch, 1, 8, 8), np.float32), np.arange(batch) % 3
     timestep = float(tiny_checkpoint.timesteps[1])
     answer = session.run({"sample": sample, "timestep": np.float32(timestep), "class_labels": labels})["out_sample"]
-    reference = load_reference(tiny_checkpoint, torch.device("cpu"))
+    reference = load_fake_quantized(tiny_checkpoint, torch.device("cpu"))
     expected = reference(torch.from_numpy(sample), timestep, class_labels=torch.from_numpy(labels)).numpy()
     assert answer.shape == expected.shape == (batch, 1, 8, 8)
     # a code that flips at a tie travels on; a wrong batch axis or label would be off by all of it
@@ -163,7 +163,7 @@ def test_saving_where_there_is_no_folder_is_an_error_that_names_it(model: ir.Mod
 def test_a_graph_that_is_not_the_reference_is_not_written(tmp_path: Path) -> None:
     source, folder, output = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "model.onnx"
     checkpoint = calibrate(
-        save_small_model(source), folder, TINY_RECIPE, Limits(torch.device("cpu")), Progress(show=False)
+        save_small_model(source), folder, TINY_RECIPE, Resources(torch.device("cpu")), Progress(show=False)
     )
     # a probe of NaN, for which no graph can be proved right
     probe = replace(checkpoint.probe, sample=np.full_like(checkpoint.probe.sample, np.nan))

@@ -23,7 +23,7 @@ from calib.model.schedulers import build_scheduler
 from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline
 from calib.pipeline.text_encoder import encode_prompts
 from calib.pipeline.vae import decode, decoder_folder
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx
@@ -75,7 +75,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         embeddings=asked.embeddings,
         guidance_scale=asked.guidance_scale,
     )
-    calibrate(folder, folder.parent / "checkpoint", recipe, Limits(CPU), Progress(show=False))
+    calibrate(folder, folder.parent / "checkpoint", recipe, Resources(CPU), Progress(show=False))
     return Made(kind, folder, folder.parent / "checkpoint", asked)
 
 
@@ -161,7 +161,7 @@ def simple(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The simplest pipeline, and its engine."""
     folder = save_tiny_pipeline("ddpm", tmp_path_factory.mktemp("ddpm") / "pipeline")
     recipe = replace(TINY_RECIPE, samples=1, check_samples=1, steps=STEPS, les_iterations=0, rounding="nearest")
-    calibrate(folder, folder.parent / "checkpoint", recipe, Limits(CPU), Progress(show=False))
+    calibrate(folder, folder.parent / "checkpoint", recipe, Resources(CPU), Progress(show=False))
     return Made("ddpm", folder, folder.parent / "checkpoint", Asked())
 
 

@@ -11,8 +11,8 @@ from layers import SPECS, TIMESTEPS, marked_model, random_input, random_layer
 from models import TINY_RECIPE
 from reference import layer_output
 
-from calib.calibrate import Limits, calibrated
-from calib.model.layers import survey
+from calib.calibrate import Resources, calibrated
+from calib.model.layers import select_layers
 from calib.model.load import load_model
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
@@ -72,8 +72,8 @@ def test_the_float_layers_do_not(tiny_checkpoint: Checkpoint) -> None:
 def test_the_bundled_model_runs_in_integers(bits: Bits) -> None:
     source = load_model(Path(BUNDLED / "digits"), torch.device("cpu"))
     recipe = replace(TINY_RECIPE, bits=bits, les_iterations=0, rounding="nearest", null_label=10)
-    surveyed = survey(source, recipe.bits, recipe.scheme, recipe.float_layers)
-    require_integers(calibrated(source, surveyed, recipe, Limits(torch.device("cpu")), Progress(show=False)))
+    selection = select_layers(source, recipe.bits, recipe.scheme, recipe.float_layers)
+    require_integers(calibrated(source, selection, recipe, Resources(torch.device("cpu")), Progress(show=False)))
 
 
 @pytest.mark.parametrize("activation", [8, 6])

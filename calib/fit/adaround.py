@@ -17,7 +17,7 @@ from calib.model.layers import Block
 from calib.model.network import replace_modules
 from calib.quant.fake_quant import QParams
 from calib.quant.patches import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
-from calib.record.block_inputs import BlockCalls, whole_output
+from calib.record.block_inputs import BlockInputs, whole_output
 from dmq_export.layer import QuantizedLayer
 from dmq_export.seeds import stream_seed
 
@@ -75,7 +75,7 @@ def adaround(
     network: nn.Module,
     block: Block,
     layers: Sequence[QuantizedLayer],
-    calls: BlockCalls,
+    recorded: BlockInputs,
     *,
     iterations: int,
     seed: int,
@@ -86,7 +86,7 @@ def adaround(
     Args:
         network: the float network.
         layers: all quantized layers.
-        calls: of the block in the float network.
+        recorded: inputs and outputs of the block in the float network.
         advance: called with the number of iterations done, for progress.
     """
     fitted = [layer for layer in layers if layer.spec.name in block.layers]
@@ -94,7 +94,7 @@ def adaround(
     originals = replace_modules(network, soft)
     try:
         module = network.get_submodule(block.name)
-        _fit(module, soft.values(), calls, iterations, stream_seed(seed, "round", block.name), advance)
+        _fit(module, soft.values(), recorded, iterations, stream_seed(seed, "round", block.name), advance)
     finally:
         replace_modules(network, originals)
     return [layer.hardened() for layer in soft.values()]
@@ -103,18 +103,18 @@ def adaround(
 def _fit(
     block: nn.Module,
     soft: Collection[SoftLayer],
-    calls: BlockCalls,
+    recorded: BlockInputs,
     iterations: int,
     seed: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Move the ``soft`` layers of ``block`` to where its outputs are those of the ``calls``."""
+    """Move the ``soft`` layers of ``block`` to where its outputs are those of the ``recorded``."""
     optimizer = torch.optim.Adam([layer.logit for layer in soft], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     for iteration in range(iterations):
-        rows = torch.randint(len(calls.output), (BATCH,), generator=generator).to(calls.output.device)
-        args, kwargs = calls.picked(rows)
-        error = whole_output(block(*args, **kwargs)) - calls.output[rows]
+        rows = torch.randint(len(recorded.output), (BATCH,), generator=generator).to(recorded.output.device)
+        args, kwargs = recorded.picked(rows)
+        error = whole_output(block(*args, **kwargs)) - recorded.output[rows]
         loss = squared_error(error) + _regularizer(soft, iteration / iterations)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -45,20 +45,20 @@ def prediction_error(source: SourceModel, layer: QuantizedLayer, trajectories: T
 
 
 def most_sensitive(
-    families: Sequence[tuple[LayerSpec, ...]], errors: Mapping[str, float], share: float
+    groups: Sequence[tuple[LayerSpec, ...]], errors: Mapping[str, float], share: float
 ) -> tuple[tuple[LayerSpec, ...], ...]:
-    """The families that cost most per weight and together hold at most ``share`` of the weights.
+    """The groups that cost most per weight and together hold at most ``share`` of the weights.
 
     Args:
-        families: layers that share an equivalent scaling, and so are fitted together.
+        groups: layers that share an equivalent scaling, and so are fitted together.
         errors: :func:`prediction_error` by layer.
     """
-    sizes = {family: sum(spec.weight_count for spec in family) for family in families}
-    costs = {family: sum(errors[spec.name] for spec in family) / sizes[family] for family in families}
+    sizes = {group: sum(spec.weight_count for spec in group) for group in groups}
+    costs = {group: sum(errors[spec.name] for spec in group) / sizes[group] for group in groups}
     room = share * sum(sizes.values())
     chosen = []
-    for family in sorted(families, key=costs.__getitem__, reverse=True):
-        if sizes[family] <= room:
-            chosen.append(family)
-            room -= sizes[family]
-    return tuple(family for family in families if family in chosen)
+    for group in sorted(groups, key=costs.__getitem__, reverse=True):
+        if sizes[group] <= room:
+            chosen.append(group)
+            room -= sizes[group]
+    return tuple(group for group in groups if group in chosen)

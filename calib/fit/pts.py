@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calib.quant.fake_quant import QParams, fake_quantize
 from calib.quant.patches import expand_parts
-from calib.record.layer_inputs import Place, replay
+from calib.record.layer_inputs import EvaluationIndex, evaluate_recorded
 from calib.record.trajectories import Trajectories
 from dmq_export.layer import QuantizedLayer
 
@@ -74,7 +74,7 @@ def count_votes(
 ) -> dict[str, Tensor]:
     """How many rows prefer each exponent, by layer ``[4, C]``, on the float network's inputs at all steps."""
     counters = {layer.spec.name: _VoteCounter(layer) for layer in layers}
-    replay(network, trajectories, rows, counters, advance=advance)
+    evaluate_recorded(network, trajectories, rows, counters, advance=advance)
     return {name: counter.counts for name, counter in counters.items()}
 
 
@@ -88,10 +88,10 @@ class _VoteCounter:
         self._tables = [expand_parts(layer.spec, torch.from_numpy(table.copy())) for table in tables]
         self.counts = torch.zeros(EXPONENTS, layer.spec.in_channels, dtype=torch.int64)
 
-    def __call__(self, x: Tensor, place: Place) -> None:
+    def __call__(self, x: Tensor, index: EvaluationIndex) -> None:
         spec = self._layer.spec
         channels_first = x.movedim(spec.channel_axis, 1).reshape(len(x), spec.in_channels, -1)
-        row = place.step if len(self._tables[0]) > 1 else 0
+        row = index.step if len(self._tables[0]) > 1 else 0
         qparams = QParams(*(table[row][:, None].to(x.device) for table in self._tables))
         scaled = channels_first / self._tau[:, None].to(x.device)
         best = best_exponents(scaled, qparams, spec.bits.activation, exponents(spec.bits.weight))

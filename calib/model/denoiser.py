@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.model.fake_quantized import load_reference
+from calib.model.fake_quantized import load_fake_quantized
 from calib.model.load import SourceModel
 from calib.model.network import predict
 from dmq_export.checkpoint import Checkpoint
@@ -29,20 +29,20 @@ class TorchDenoiser:
     def __call__(
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
-        given = {name: torch.from_numpy(value).to(self._device) for name, value in conditioning.items()}
+        tensors = {name: torch.from_numpy(value).to(self._device) for name, value in conditioning.items()}
         with torch.inference_mode():
-            prediction = self._network(torch.from_numpy(sample).to(self._device), timestep, **given)
+            prediction = self._network(torch.from_numpy(sample).to(self._device), timestep, **tensors)
         array: NDArray[np.float32] = prediction.cpu().numpy()
         return array
 
 
-def reference_denoiser(checkpoint: Checkpoint, device: torch.device) -> TorchDenoiser:
+def fake_quantized_denoiser(checkpoint: Checkpoint, device: torch.device) -> TorchDenoiser:
     """The fake-quantized model that every export is compared with.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not make up the network.
     """
-    return TorchDenoiser(load_reference(checkpoint, device), device)
+    return TorchDenoiser(load_fake_quantized(checkpoint, device), device)
 
 
 def float_denoiser(source: SourceModel) -> TorchDenoiser:

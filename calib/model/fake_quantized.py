@@ -1,4 +1,4 @@
-"""The fake-quantized PyTorch model: the reference that every later stage is compared with."""
+"""The fake-quantized PyTorch model: what every later stage is compared with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class StepIndex:
         self.row = 0
 
 
-class ReferenceLayer(nn.Module):
+class FakeQuantizedLayer(nn.Module):
     """One quantized layer, exactly as ``docs/arithmetic.md`` defines it, in float32.
 
     Args:
@@ -134,11 +134,11 @@ class _ScaledWeight(nn.Module):
         return scaled_weight(self.spec, self.weight, self.tau)
 
 
-class ReferenceModel:
-    """A network whose reference layers follow the timestep it is asked about.
+class FakeQuantizedModel:
+    """A network whose reference layers follow the timestep it is evaluated at.
 
     Args:
-        network: with :class:`ReferenceLayer` modules in place.
+        network: with :class:`FakeQuantizedLayer` modules in place.
         index: theirs.
         timesteps: the calibrated timesteps ``[T]``; another one uses the row of the nearest.
     """
@@ -149,8 +149,8 @@ class ReferenceModel:
         self.timesteps = timesteps
 
     @property
-    def layers(self) -> list[ReferenceLayer]:
-        return [module for module in self.network.modules() if isinstance(module, ReferenceLayer)]
+    def layers(self) -> list[FakeQuantizedLayer]:
+        return [module for module in self.network.modules() if isinstance(module, FakeQuantizedLayer)]
 
     def __call__(self, sample: Tensor, timestep: Any, **conditioning: Tensor) -> Tensor:
         """One evaluation: ``sample [N, ...]`` at one ``timestep`` to the prediction ``[N, ...]``."""
@@ -160,16 +160,16 @@ class ReferenceModel:
             return predict(self.network, sample, t.to(sample.device), conditioning)
 
 
-def load_reference(checkpoint: Checkpoint, device: torch.device) -> ReferenceModel:
+def load_fake_quantized(checkpoint: Checkpoint, device: torch.device) -> FakeQuantizedModel:
     """The reference rebuilt from a checkpoint alone.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not make up the network.
     """
     index = StepIndex()
-    layers = {layer.spec.name: ReferenceLayer(layer, index) for layer in checkpoint.layers}
+    layers = {layer.spec.name: FakeQuantizedLayer(layer, index) for layer in checkpoint.layers}
     network = build_network(checkpoint, layers).to(device)
-    return ReferenceModel(network, index, torch.from_numpy(checkpoint.timesteps))
+    return FakeQuantizedModel(network, index, torch.from_numpy(checkpoint.timesteps))
 
 
 @contextmanager
@@ -180,12 +180,12 @@ def quantized(
     *,
     weights: bool = True,
     activations: bool = True,
-) -> Iterator[ReferenceModel]:
+) -> Iterator[FakeQuantizedModel]:
     """While the block runs, the float ``network`` has reference layers in place of those in ``layers``."""
     index = StepIndex()
     device = next(network.parameters()).device
     modules: Mapping[str, nn.Module] = {
-        layer.spec.name: ReferenceLayer(
+        layer.spec.name: FakeQuantizedLayer(
             layer,
             index,
             weights=weights,
@@ -197,18 +197,18 @@ def quantized(
     }
     originals = replace_modules(network, modules)
     try:
-        yield ReferenceModel(network, index, timesteps)
+        yield FakeQuantizedModel(network, index, timesteps)
     finally:
         replace_modules(network, originals)
 
 
 def record_layers(
-    reference: ReferenceModel, sample: Tensor, timestep: float, conditioning: Mapping[str, Tensor]
+    reference: FakeQuantizedModel, sample: Tensor, timestep: float, conditioning: Mapping[str, Tensor]
 ) -> tuple[dict[str, LayerValues], Tensor]:
     """One evaluation with what every quantized layer saw and said, and the prediction."""
     seen: dict[str, LayerValues] = {}
 
-    def note(module: ReferenceLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: FakeQuantizedLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
         codes = module.codes(args[0]).cpu().numpy().astype(np.uint8)
         seen[module.spec.name] = LayerValues(args[0].cpu().numpy(), codes, output.cpu().numpy())
 
@@ -218,7 +218,7 @@ def record_layers(
 
 
 @contextmanager
-def perturbed(reference: ReferenceModel, relative: float, *, seed: int) -> Iterator[None]:
+def perturbed(reference: FakeQuantizedModel, relative: float, *, seed: int) -> Iterator[None]:
     """While the block runs, every quantized layer's input is changed by ``+-relative``, signs at random."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""What the tool must be told about a model family; everything else it finds out by running the model once."""
+"""What must be stated of a model family; everything else is found out by running the model once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ TEXT_LAYERS = ("encoder_hid_proj*", "caption_projection.*", "context_embedder")
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """A diffusers model class that needs more than "its Conv and Linear modules".
 
     Attributes:
@@ -53,7 +53,7 @@ class Family:
         return "text embedding" if any(fnmatchcase(name, pattern) for pattern in self.text_layers) else None
 
 
-GENERIC = Family(
+GENERIC = ModelFamily(
     classes=(),
     block_classes=(
         "ResnetBlock2D",
@@ -65,15 +65,15 @@ GENERIC = Family(
     ),
 )
 FAMILIES = (
-    Family(classes=("UNet2DModel",), block_classes=("ResnetBlock2D", "Attention")),
-    Family(
+    ModelFamily(classes=("UNet2DModel",), block_classes=("ResnetBlock2D", "Attention")),
+    ModelFamily(
         classes=("UNet2DConditionModel",),
         block_classes=("ResnetBlock2D", "BasicTransformerBlock", "Transformer2DModel"),
     ),
 )
 
 
-def family_of(class_name: str) -> Family:
+def family_of(class_name: str) -> ModelFamily:
     """The entry of ``class_name``, or the generic one."""
     return next((family for family in FAMILIES if class_name in family.classes), GENERIC)
 
@@ -82,7 +82,7 @@ def example_conditioning(class_name: str, config: Mapping[str, Any], batch: int)
     """Conditioning of the right shapes and types, to run the model once.
 
     Raises:
-        ModelError: the model is told something that this tool cannot give.
+        ModelError: the model takes an argument that this tool cannot fill.
     """
     example: dict[str, Tensor] = {}
     for argument in arguments(class_name, config):

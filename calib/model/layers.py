@@ -1,4 +1,4 @@
-"""Runs the model once and says of every layer what it is, when it runs and whether it will be quantized."""
+"""Selects the layers to quantize: the model runs once, and of every layer it is seen what it is and when it runs."""
 
 import weakref
 from collections import Counter
@@ -59,25 +59,25 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one run of the model shows.
+class LayerSelection:
+    """Which layers are quantized, which stay float, and how they belong together.
 
     Attributes:
-        siblings: the quantized layers in order, those that share one input (queries, keys, values) together.
+        input_groups: the quantized layers in order, those that share one input (queries, keys, values) together.
     """
 
     coverage: Coverage
     blocks: tuple[Block, ...]
-    siblings: tuple[tuple[LayerSpec, ...], ...]
+    input_groups: tuple[tuple[LayerSpec, ...], ...]
 
-    def respecified(self, changed: Mapping[str, LayerSpec]) -> "Survey":
+    def with_specs(self, changed: Mapping[str, LayerSpec]) -> "LayerSelection":
         """The same with other specifications for some layers, by name."""
 
         def new(specs: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
             return tuple(changed.get(spec.name, spec) for spec in specs)
 
         coverage = replace(self.coverage, quantized=new(self.coverage.quantized))
-        return replace(self, coverage=coverage, siblings=tuple(new(family) for family in self.siblings))
+        return replace(self, coverage=coverage, input_groups=tuple(new(group) for group in self.input_groups))
 
 
 class _Concats(TorchFunctionMode):
@@ -147,7 +147,7 @@ def observe(source: SourceModel) -> list[Call]:
     return calls
 
 
-def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequence[str]) -> Survey:
+def select_layers(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequence[str]) -> LayerSelection:
     """Decide layer by layer what is quantized.
 
     Args:
@@ -167,7 +167,7 @@ def survey(source: SourceModel, bits: Bits, scheme: Scheme, float_patterns: Sequ
     )
     if not specs:
         raise ModelError("no layer is left to quantize: see --float-layer and the model's layers")
-    return Survey(Coverage(specs, floats), _blocks(source, specs), _siblings(specs, calls))
+    return LayerSelection(Coverage(specs, floats), _blocks(source, specs), _input_groups(specs, calls))
 
 
 def _float_layers(source: SourceModel, calls: list[Call], float_patterns: Sequence[str]) -> tuple[FloatLayer, ...]:
@@ -266,14 +266,14 @@ def _blocks(source: SourceModel, specs: Sequence[LayerSpec]) -> tuple[Block, ...
     return tuple(Block(name, tuple(layers)) for name, layers in blocks.items())
 
 
-def _siblings(specs: Sequence[LayerSpec], calls: Mapping[str, Call]) -> tuple[tuple[LayerSpec, ...], ...]:
+def _input_groups(specs: Sequence[LayerSpec], calls: Mapping[str, Call]) -> tuple[tuple[LayerSpec, ...], ...]:
     """Layers that read the same patches of the same input, so that they can share one equivalent scaling."""
-    families: dict[object, list[LayerSpec]] = {}
+    groups: dict[object, list[LayerSpec]] = {}
     for spec in specs:
         window = (spec.kind, spec.parts, spec.kernel, spec.stride, spec.padding, spec.dilation)
         alone = spec.name if spec.groups > 1 else None
-        families.setdefault((calls[spec.name].source, window, alone), []).append(spec)
-    return tuple(tuple(family) for family in families.values())
+        groups.setdefault((calls[spec.name].source, window, alone), []).append(spec)
+    return tuple(tuple(group) for group in groups.values())
 
 
 def _kind(module: nn.Module) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.model.families import Family, family_of
+from calib.model.families import ModelFamily, family_of
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.files import read_json, sha256
 from dmq_export.signature import FLUX, sample_shape
@@ -42,7 +42,7 @@ class SourceModel:
     weights_sha256: str
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ModelFamily:
         return family_of(self.class_name)
 
     @property
@@ -55,13 +55,13 @@ def load_model(
     device: torch.device,
     *,
     sample_size: int | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> SourceModel:
     """Load the denoiser of a diffusers folder (a pipeline's, or the denoiser's own) onto ``device``.
 
     Args:
         sample_size: height and width of the latents, for Flux alone; None is that of its pipeline, 128.
-        tell: receives what the user should know of a model that can be used.
+        notice: receives what the user should know of a model that can be used.
 
     Raises:
         ModelError: there is no such folder, it holds no diffusers denoiser, or its weights do not load.
@@ -69,7 +69,7 @@ def load_model(
     denoiser = denoiser_folder(folder)
     config = read_config(denoiser, sample_size)
     class_name = str(config["_class_name"])
-    network = _network(denoiser, class_name, tell).to(device).eval().requires_grad_(False)
+    network = _network(denoiser, class_name, notice).to(device).eval().requires_grad_(False)
     scheduler = denoiser.parent / "scheduler" / "scheduler_config.json"
     return SourceModel(
         network=network,
@@ -131,7 +131,7 @@ def _sized(config: dict[str, Any], sample_size: int | None) -> dict[str, Any]:
     return config
 
 
-def _network(denoiser: Path, class_name: str, tell: Callable[[str], None]) -> nn.Module:
+def _network(denoiser: Path, class_name: str, notice: Callable[[str], None]) -> nn.Module:
     import diffusers
 
     model_class = getattr(diffusers, class_name, None)
@@ -156,7 +156,7 @@ def _network(denoiser: Path, class_name: str, tell: Callable[[str], None]) -> nn
     _require_weights(network, loaded["missing_keys"], denoiser)
     if loaded["unexpected_keys"]:
         unused = sorted(loaded["unexpected_keys"])
-        tell(f"{denoiser} has weights that the {class_name} of its config.json has no place for: {_named(unused)}")
+        notice(f"{denoiser} has weights that the {class_name} of its config.json has no place for: {_named(unused)}")
     float_network: nn.Module = network
     return float_network
 

@@ -29,8 +29,8 @@ def build_scheduler(
     """
     if name is not None and name not in SCHEDULERS:
         raise DmqError(f"no scheduler is called {name!r}: one of {', '.join(SCHEDULERS)} is")
-    asked = name or config.get("_class_name")
-    require(f"scheduler {asked}, as all but a plain DDIM,", "torch", "diffusers")
+    wanted = name or config.get("_class_name")
+    require(f"scheduler {wanted}, as all but a plain DDIM,", "torch", "diffusers")
     import diffusers  # here, for an engine samples with our DDIM where it is not installed
 
     class_name = SCHEDULERS[name] if name else config.get("_class_name")

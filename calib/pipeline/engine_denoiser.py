@@ -27,7 +27,7 @@ from dmq_export.signature import sample_shape
 
 INDEX = "model_index.json"
 POSITIONS = ("img_ids", "txt_ids")  # an engine knows where its tokens lie
-NOT_TOLD = ("cross_attention_kwargs", "joint_attention_kwargs")  # change how the network works, such as a LoRA's scale
+OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs")  # change how the network works, such as a LoRA's scale
 OUTPUTS: dict[str, type] = {"UNet2DModel": UNet2DOutput, "UNet2DConditionModel": UNet2DConditionOutput}
 Denoise = Callable[..., NDArray[np.float32]]
 
@@ -85,12 +85,12 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
                 f"the engine takes samples of {list(self._shape)}, the pipeline gave {list(x.shape[1:])}: leave out "
                 "height and width, or calibrate a model of that size"
             )
-        for name in NOT_TOLD:
+        for name in OPTIONS:
             if named.get(name):
                 raise DmqError(f"an engine takes no {name}, the pipeline gave {', '.join(named[name])}: leave it out")
-        conditioning = flat({name: value for name, value in named.items() if name not in (*NOT_TOLD, *POSITIONS)})
-        told = {name: value.detach().cpu().numpy() for name, value in conditioning.items()}
-        answer = self._denoise(x.detach().cpu().numpy(), self._step(timestep), **told)
+        conditioning = flat({name: value for name, value in named.items() if name not in (*OPTIONS, *POSITIONS)})
+        arrays = {name: value.detach().cpu().numpy() for name, value in conditioning.items()}
+        answer = self._denoise(x.detach().cpu().numpy(), self._step(timestep), **arrays)
         writable = np.require(answer, requirements="W")  # some runtimes give views of memory of their own
         prediction = torch.from_numpy(writable).to(x.device)
         output = OUTPUTS.get(self._class_name, Transformer2DModelOutput)

@@ -1,7 +1,7 @@
 """Embeddings of prompts, from the pipeline's own text encoders.
 
-A pipeline knows best what its denoiser is told: which encoders speak, how they are joined and padded, what stands
-for no prompt. So it is run up to its first evaluation, and what it then tells is kept.
+A pipeline knows best what its denoiser gets: which encoders are asked, how their outputs are joined and padded, what
+stands for no prompt. So it is run up to its first evaluation, and the conditioning of that is kept.
 """
 
 import inspect
@@ -22,11 +22,11 @@ from dmq_export.errors import ModelError
 
 BATCH = 16  # prompts that are encoded together
 STEPS = 4  # as good as any: only the first evaluation is reached
-GUIDED = 2.0  # any scale above 1 makes a pipeline tell both branches
+GUIDED = 2.0  # any scale above 1 makes a pipeline evaluate both branches
 
 
-class _Told(Exception):  # noqa: N818 - control flow, like StopIteration
-    """The pipeline has told its denoiser what it will go on to tell it."""
+class _Reached(Exception):  # noqa: N818 - control flow, like StopIteration
+    """The pipeline evaluates its denoiser for the first time; the conditioning is the same in all evaluations."""
 
     def __init__(self, conditioning: Arrays) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def encode_prompts(
     """Embeddings of ``prompts`` and, for guidance, of the empty prompt, by the pipeline in ``folder``.
 
     Args:
-        guidance_scale: classifier-free guidance, or what a distilled model is told; None for none.
+        guidance_scale: classifier-free guidance, or a distilled model's argument of that name; None for none.
         sample_size: as :func:`calib.model.load.load_model`.
         advance: called with the number of prompts done, for progress.
 
@@ -56,30 +56,30 @@ def encode_prompts(
     name = denoiser_name(folder)
     config = read_config(folder / name, sample_size)
     class_name = str(config["_class_name"])
-    told = [argument for argument in arguments(class_name, config) if argument.name != LABELS]
-    if not told:
+    taken = [argument for argument in arguments(class_name, config) if argument.name != LABELS]
+    if not taken:
         raise ModelError(f"{class_name} is told no text: leave out the prompts")
-    distilled = any(argument.name == GUIDANCE for argument in told)
-    pipeline = build_pipeline(folder, EngineDenoiser(_tell, class_name, config))
+    distilled = any(argument.name == GUIDANCE for argument in taken)
+    pipeline = build_pipeline(folder, EngineDenoiser(_stop, class_name, config))
     pipeline.set_progress_bar_config(disable=True)
     guided = guidance_scale is not None and not distilled
     options = _options(pipeline, config, guidance_scale if distilled else GUIDED if guided else 1.0)
-    given: list[Arrays] = []
-    without: list[Arrays] = []
+    conditional: list[Arrays] = []
+    unconditional: list[Arrays] = []
     with reproducible(device):  # a calibration is known by its embeddings, among others
         pipeline.to(device)
         for start in range(0, len(prompts), BATCH):
             batch = list(prompts[start : start + BATCH])
-            conditioning = _told(pipeline, batch, options, rows=(2 if guided else 1) * len(batch))
+            conditioning = _first_conditioning(pipeline, batch, options, rows=(2 if guided else 1) * len(batch))
             # text pipelines put the empty prompt's half first
-            given.append({name: value[-len(batch) :] for name, value in conditioning.items()})
-            without.append({name: value[: len(batch)] for name, value in conditioning.items()} if guided else {})
+            conditional.append({name: value[-len(batch) :] for name, value in conditioning.items()})
+            unconditional.append({name: value[: len(batch)] for name, value in conditioning.items()} if guided else {})
             advance(len(batch))
-    return fitted(Embeddings(_joined(given), _joined(without)), told, guidance_scale)
+    return fitted(Embeddings(_joined(conditional), _joined(unconditional)), taken, guidance_scale)
 
 
-def _tell(sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]) -> NDArray[np.float32]:
-    raise _Told(conditioning)
+def _stop(sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]) -> NDArray[np.float32]:
+    raise _Reached(conditioning)
 
 
 def _options(pipeline: Any, config: Mapping[str, Any], guidance_scale: float | None) -> dict[str, Any]:
@@ -100,12 +100,13 @@ def _options(pipeline: Any, config: Mapping[str, Any], guidance_scale: float | N
     return {name: value for name, value in options.items() if name in accepted}
 
 
-def _told(pipeline: Any, prompts: list[str], options: Mapping[str, Any], *, rows: int) -> Arrays:
+def _first_conditioning(pipeline: Any, prompts: list[str], options: Mapping[str, Any], *, rows: int) -> Arrays:
+    """What the pipeline gives its denoiser besides samples, each ``[rows, ...]`` by name."""
     name = type(pipeline).__name__
     try:
         pipeline(prompt=prompts, **options)
-    except _Told as told:
-        arrays = told.conditioning
+    except _Reached as reached:
+        arrays = reached.conditioning
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the pipeline, its tokenizers and its encoders raise

@@ -23,7 +23,7 @@ class _AllSeen(Exception):  # noqa: N818 - control flow, like StopIteration
 
 
 @dataclass(frozen=True)
-class BlockCalls:
+class BlockInputs:
     """Inputs and outputs of a block over ``N`` evaluations; what is no tensor is the same in all of them.
 
     Attributes:
@@ -49,8 +49,8 @@ class BlockCalls:
         return [value for value in values if isinstance(value, Tensor)]
 
 
-class CallRecorder:
-    """Records the calls of blocks, as many at once as :data:`MOST_BYTES` take, when the first of them is asked for.
+class BlockRecorder:
+    """Records blocks, as many at once as :data:`MOST_BYTES` take, when the first of them is asked for.
 
     Args:
         names: of the blocks, in the order that they will be asked for.
@@ -64,18 +64,18 @@ class CallRecorder:
     ) -> None:
         self._network, self._names, self._trajectories = network, names, trajectories
         self._evaluations, self._batch = evaluations, batch
-        self._held: dict[str, BlockCalls] = {}
+        self._held: dict[str, BlockInputs] = {}
 
     @cached_property
     def groups(self) -> list[dict[str, int]]:
         """Blocks that are recorded together, each with the samples to record of it."""
-        sizes = call_bytes(
+        sizes = block_bytes(
             self._network, self._names, lambda: _evaluate(self._network, self._trajectories, 0, slice(0, 1))
         )
         steps, samples = self._trajectories.inputs.shape[:2]
         return split_blocks(sizes, steps, samples, self._evaluations)
 
-    def take(self, name: str) -> BlockCalls:
+    def take(self, name: str) -> BlockInputs:
         """The calls of one block, which are forgotten here."""
         if name not in self._held:
             group = next(group for group in self.groups if name in group)
@@ -84,17 +84,17 @@ class CallRecorder:
         return self._held.pop(name)
 
 
-def call_bytes(network: nn.Module, names: Sequence[str], evaluate: Callable[[], object]) -> dict[str, int]:
+def block_bytes(network: nn.Module, names: Sequence[str], evaluate: Callable[[], object]) -> dict[str, int]:
     """What the call of each block takes in one evaluation that ``evaluate`` makes."""
     sizes: dict[str, int] = {}
 
     def seer(name: str) -> See:
         def see(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-            sizes[name] = sum(tensor.nbytes for tensor in BlockCalls(args, kwargs, output).tensors)
+            sizes[name] = sum(tensor.nbytes for tensor in BlockInputs(args, kwargs, output).tensors)
 
         return see
 
-    with _calls_seen(network, {name: seer(name) for name in names}):
+    with _blocks_seen(network, {name: seer(name) for name in names}):
         evaluate()
     return {name: sizes[name] for name in names}
 
@@ -137,13 +137,13 @@ class _Recorder:
     def __init__(self, evaluations: int) -> None:
         self._evaluations = evaluations
         self._done = 0
-        self.calls: BlockCalls | None = None
+        self.calls: BlockInputs | None = None
 
     def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, rows: int) -> None:
         """Keep the first ``rows`` of a call."""
-        new = BlockCalls(args, kwargs, output)
+        new = BlockInputs(args, kwargs, output)
         if self.calls is None:
-            self.calls = BlockCalls(
+            self.calls = BlockInputs(
                 tuple(self._room(value) for value in args),
                 {key: self._room(value) for key, value in kwargs.items()},
                 self._room(output),
@@ -159,7 +159,7 @@ class _Recorder:
 
 def _recorded(
     network: nn.Module, samples: Mapping[str, int], trajectories: Trajectories, batch: int
-) -> dict[str, BlockCalls]:
+) -> dict[str, BlockInputs]:
     """The calls of blocks over the first ``samples`` of each, all samples of a step after each other."""
     recorders = {name: _Recorder(count * len(trajectories.timesteps)) for name, count in samples.items()}
     most = max(samples.values())
@@ -171,7 +171,7 @@ def _recorded(
                 for name, count in samples.items()
                 if first < count
             }
-            with _calls_seen(network, see):
+            with _blocks_seen(network, see):
                 _evaluate(network, trajectories, step, rows)
     return {name: recorder.calls for name, recorder in recorders.items() if recorder.calls is not None}
 
@@ -189,7 +189,7 @@ def _evaluate(network: nn.Module, trajectories: Trajectories, step: int, rows: s
 
 
 @contextmanager
-def _calls_seen(network: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
+def _blocks_seen(network: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
     """The first call of each named block goes to its ``see``; the evaluation in the block ends after the last one."""
     left = set(see)
 

@@ -19,7 +19,7 @@ from calib.model.network import predict
 from calib.quant.patches import draw_positions, take_patches
 from calib.quant.second_moments import SecondMoments
 from calib.record.row_writer import RowWriter
-from calib.record.trajectories import Extent, Trajectories
+from calib.record.trajectories import SetSize, Trajectories
 from calib.record.work_folder import WorkFolder
 from dmq_export.layer import LayerSpec
 from dmq_export.seeds import stream_seed
@@ -67,43 +67,43 @@ class LayerInputs:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the calibration set an evaluation is: of consecutive rows, ``first`` is the first, at one step."""
+class EvaluationIndex:
+    """Which evaluation of the calibration set: of the rows from ``first_row`` on, at one step."""
 
-    first: int
+    first_row: int
     step: int
 
 
-Visit = Callable[[Tensor, Place], None]
+InputHook = Callable[[Tensor, EvaluationIndex], None]
 
 
-def replay(
+def evaluate_recorded(
     network: nn.Module,
     trajectories: Trajectories,
     rows: range,
-    visit: Mapping[str, Visit],
+    hooks: Mapping[str, InputHook],
     *,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Evaluate the network on some rows at once, step by step; each named layer's ``visit`` receives its input."""
+    """Evaluate the network on some rows at once, step by step; each named layer's hook receives its input."""
     device = next(network.parameters()).device
     own = slice(rows.start, rows.stop)
     conditioning = {key: value[own].to(device) for key, value in trajectories.conditioning.items()}
     for step, timestep in enumerate(trajectories.timesteps):
         sample = trajectories.inputs[step, own].to(device)
-        with torch.no_grad(), inputs_seen(network, visit, Place(rows.start, step)):
+        with torch.no_grad(), inputs_seen(network, hooks, EvaluationIndex(rows.start, step)):
             predict(network, sample, timestep.to(device), conditioning)
         advance(len(sample))
 
 
 @contextmanager
-def inputs_seen(network: nn.Module, visit: Mapping[str, Visit], place: Place) -> Iterator[None]:
-    """While the block evaluates the network at ``place``, each named layer's ``visit`` receives its input."""
-    hooks = (
-        network.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0], place))
-        for name, see in visit.items()
+def inputs_seen(network: nn.Module, hooks: Mapping[str, InputHook], index: EvaluationIndex) -> Iterator[None]:
+    """While the block makes the evaluation ``index`` of the network, each named layer's hook receives its input."""
+    handles = (
+        network.get_submodule(name).register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0], index))
+        for name, hook in hooks.items()
     )
-    with hooked(hooks):
+    with hooked(handles):
         yield
 
 
@@ -141,7 +141,7 @@ class Captures:
     def __init__(
         self, work: WorkFolder, batches: Sequence[range], steps: int, specs: Sequence[LayerSpec], *, seed: int
     ) -> None:
-        self.extent = Extent(batches[-1].stop, steps)
+        self.size = SetSize(batches[-1].stop, steps)
         self.seed = seed
         self._work = work
         self.batches = batches
@@ -154,8 +154,8 @@ class Captures:
         return key in self._work and layers <= set(self._work.load(key, only=()).facts["layers"])
 
     @contextmanager
-    def recording(self, rows: range) -> Iterator[Mapping[str, Visit]]:
-        """What the block is to show each layer's input of a batch, step by step; kept if it ends well."""
+    def recording(self, rows: range) -> Iterator[Mapping[str, InputHook]]:
+        """What each layer's input of a batch is to be given to, step by step; kept if the block ends well."""
         writer = RowWriter()
         recorders = {spec.name: _Recorder(spec, self, rows, writer) for spec in self._specs}
         yield recorders
@@ -174,16 +174,16 @@ class Captures:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Evaluate the network on a recorded batch for nothing but this."""
-        with self.recording(rows) as visits:
-            replay(network, trajectories, rows, visits, advance=advance)
+        with self.recording(rows) as hooks:
+            evaluate_recorded(network, trajectories, rows, hooks, advance=advance)
 
     def load(self, spec: LayerSpec) -> LayerInputs:
         """A layer's inputs once every batch is captured; the patches are memory-mapped."""
-        per_sample = patches_per_sample(spec, self.extent.evaluations)
-        shape = (self.extent.evaluations * per_sample, spec.in_channels, math.prod(spec.kernel))
+        per_sample = patches_per_sample(spec, self.size.evaluations)
+        shape = (self.size.evaluations * per_sample, spec.in_channels, math.prod(spec.kernel))
         patches = torch.from_file(str(self.file(spec)), size=math.prod(shape), dtype=torch.float32).view(shape)
-        steps = torch.arange(self.extent.steps)
-        groups = groups_of(range(self.extent.rows))
+        steps = torch.arange(self.size.steps)
+        groups = groups_of(range(self.size.rows))
         step = torch.cat([steps.repeat_interleave(len(group) * per_sample) for group in groups])
         return LayerInputs(patches, step, self._extrema(spec, len(groups)))
 
@@ -216,35 +216,35 @@ class _Recorder:
     def __init__(self, spec: LayerSpec, captures: Captures, batch: range, writer: RowWriter) -> None:
         self._spec = spec
         self._seed = captures.seed
-        self._extent = captures.extent
+        self._size = captures.size
         self._file = captures.file(spec)
         self._writer = writer
-        self._per_sample = patches_per_sample(spec, self._extent.evaluations)
+        self._per_sample = patches_per_sample(spec, self._size.evaluations)
         self._first_group = batch.start // GROUP
-        shape = (len(groups_of(batch)), self._extent.steps, spec.in_channels)
+        shape = (len(groups_of(batch)), self._size.steps, spec.in_channels)
         self._low, self._high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
         with self._file.open("ab") as stream:
-            stream.truncate(capture_bytes(spec, self._extent.evaluations))
+            stream.truncate(capture_bytes(spec, self._size.evaluations))
 
-    def __call__(self, x: Tensor, place: Place) -> None:
+    def __call__(self, x: Tensor, index: EvaluationIndex) -> None:
         self._low, self._high = self._low.to(x.device), self._high.to(x.device)
         axes = [axis for axis in range(x.dim()) if axis != self._spec.channel_axis % x.dim()]
-        for rows in groups_of(range(place.first, place.first + len(x))):
-            own = x[rows.start - place.first : rows.stop - place.first]
-            self._take(own, rows, place.step)
+        for rows in groups_of(range(index.first_row, index.first_row + len(x))):
+            own = x[rows.start - index.first_row : rows.stop - index.first_row]
+            self._take(own, rows, index.step)
             group = rows.start // GROUP - self._first_group
-            self._low[group, place.step] = own.amin(axes)
-            self._high[group, place.step] = own.amax(axes)
+            self._low[group, index.step] = own.amin(axes)
+            self._high[group, index.step] = own.amax(axes)
 
     def _take(self, x: Tensor, rows: range, step: int) -> None:
         """Patches of rows of one group."""
         number = rows.start // GROUP
-        group = range(number * GROUP, min((number + 1) * GROUP, self._extent.rows))
+        group = range(number * GROUP, min((number + 1) * GROUP, self._size.rows))
         # drawn for the whole group, so that they do not depend on how many rows are evaluated at once
         generator = torch.Generator().manual_seed(stream_seed(self._seed, "patches", self._spec.name, number, step))
         positions = draw_positions(self._spec, (len(group), *x.shape[1:]), self._per_sample, generator)
         within = slice(rows.start - group.start, rows.stop - group.start)
-        before = group.start * self._extent.steps + step * len(group) + within.start
+        before = group.start * self._size.steps + step * len(group) + within.start
         self._writer.write(self._file, before * self._per_sample, take_patches(self._spec, x, positions[within]))
 
     def extrema(self) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True)
-class Extent:
+class SetSize:
     """The size of a calibration set: rows (samples, twice as many with guidance) and distinct timesteps."""
 
     rows: int
@@ -76,9 +76,9 @@ class Trajectories:
     samples: Tensor
 
     @property
-    def extent(self) -> Extent:
+    def size(self) -> SetSize:
         """Rows and steps."""
-        return Extent(self.inputs.shape[1], self.inputs.shape[0])
+        return SetSize(self.inputs.shape[1], self.inputs.shape[0])
 
     @property
     def branches(self) -> int:
@@ -104,22 +104,22 @@ class Trajectories:
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Trajectories":
         """The trajectories of their :meth:`tensors`."""
         own = {name: value for name, value in tensors.items() if not name.startswith(CONDITIONING)}
-        told = {name.removeprefix(CONDITIONING): value for name, value in tensors.items() if name not in own}
-        return cls(**own, conditioning=told)
+        conditioning = {name.removeprefix(CONDITIONING): value for name, value in tensors.items() if name not in own}
+        return cls(**own, conditioning=conditioning)
 
 
-Watch = Callable[[int], AbstractContextManager[None]]
+StepContext = Callable[[int], AbstractContextManager[None]]
 """Enters a context for the evaluation of a row of the timesteps table."""
 
 
-def extent_of(source: SourceModel, settings: SamplerSettings, conditioning: Conditioning, samples: int) -> Extent:
+def set_size(source: SourceModel, settings: SamplerSettings, conditioning: Conditioning, samples: int) -> SetSize:
     """The size of so many trajectories, before they are recorded.
 
     Raises:
         DmqError: the scheduler cannot be built.
     """
     scheduler = build_scheduler(source.scheduler, settings.scheduler, settings.steps, source.config)
-    return Extent(samples * conditioning.branches, len(_last_visits(scheduler.timesteps)))
+    return SetSize(samples * conditioning.branches, len(_last_visits(scheduler.timesteps)))
 
 
 def record_trajectories(
@@ -130,14 +130,14 @@ def record_trajectories(
     *,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
-    watch: Watch = lambda _: nullcontext(),
+    step_context: StepContext = lambda _: nullcontext(),
 ) -> Trajectories:
     """Sample the trajectories ``indices`` from noise, all at once; number ``i`` depends on ``seed`` and ``i`` alone.
 
     Args:
         conditioning: of all trajectories there are.
         advance: called with the number of evaluations done, for progress.
-        watch: entered for every evaluation that is recorded.
+        step_context: is entered for every evaluation that is recorded.
 
     Raises:
         DmqError: the scheduler cannot be built, or does not take ``eta``.
@@ -153,7 +153,7 @@ def record_trajectories(
     recorder = _Recorder(_last_visits(scheduler.timesteps), advance)
     with torch.no_grad():
         samples = sample(
-            _watched(source, recorder, watch),
+            _in_context(source, recorder, step_context),
             torch.from_numpy(initial_noise(source.sample_shape, indices, seed)).to(device),
             scheduler,
             conditional,
@@ -164,14 +164,14 @@ def record_trajectories(
     return recorder.trajectories(samples)
 
 
-def _watched(source: SourceModel, recorder: "_Recorder", watch: Watch) -> Callable[..., Tensor]:
-    """The network, watched in the visits that are recorded."""
+def _in_context(source: SourceModel, recorder: "_Recorder", step_context: StepContext) -> Callable[..., Tensor]:
+    """The network; the visits that are recorded are made in their context."""
     visits = itertools.count()
 
-    def denoise(x: Tensor, timestep: Tensor, **told: Tensor) -> Tensor:
+    def denoise(x: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
         row = recorder.row(next(visits))
-        with nullcontext() if row is None else watch(row):
-            return predict(source.network, x, timestep.to(x.device), told)
+        with nullcontext() if row is None else step_context(row):
+            return predict(source.network, x, timestep.to(x.device), conditioning)
 
     return denoise
 

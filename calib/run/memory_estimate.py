@@ -16,10 +16,10 @@ from calib.fit.layer import EVALUATED_NUMBERS
 from calib.fit.les import LES_OUTPUTS
 from calib.fit.rounding import CHUNK
 from calib.model.hooks import hooked
-from calib.model.layers import Survey
+from calib.model.layers import LayerSelection
 from calib.model.load import SourceModel
 from calib.model.network import predict
-from calib.record.block_inputs import call_bytes, split_blocks
+from calib.record.block_inputs import block_bytes, split_blocks
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import capture_bytes, columns_of, patch_rows
 from calib.record.row_writer import MOST_WAITING
@@ -31,7 +31,7 @@ WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes of a calibration.
 
     Attributes:
@@ -62,19 +62,23 @@ class Footprint:
         return max(self.evaluating(batch), self.fixed + fitting, self.fixed + self.calls + self.block)
 
 
-def footprint(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> Footprint:
-    """Of calibrating what was ``surveyed``; ``told`` is what a sample is told.
+def estimate_memory(
+    source: SourceModel, selection: LayerSelection, recipe: Recipe, conditioning: Conditioning
+) -> MemoryEstimate:
+    """What calibrating the layers of ``selection`` takes; on a GPU these are bytes of its memory.
 
-    On a GPU these are bytes of its memory.
+    Args:
+        conditioning: of one sample at least.
     """
     device = next(source.network.parameters()).device
-    specs, branches = surveyed.coverage.quantized, told.branches
+    specs, branches = selection.coverage.quantized, conditioning.branches
     sizes = [spec.weight_count for spec in specs]
     evaluations = recipe.samples * branches * recipe.steps
-    sample = branches * activation_bytes(source, told)  # before asking what the process holds: it does more afterwards
-    calls, block = rounding_bytes(source, surveyed, recipe, told) if recipe.rounding == "adaround" else (0, 0)
+    # before asking what the process holds: it does more afterwards
+    sample = branches * activation_bytes(source, conditioning)
+    calls, block = rounding_bytes(source, selection, recipe, conditioning) if recipe.rounding == "adaround" else (0, 0)
     on_gpu = device.type == "cuda"
-    return Footprint(
+    return MemoryEstimate(
         fixed=memory_held(device) + (0 if on_gpu else _trajectory_bytes(source, recipe, branches)),
         check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
         waiting=MOST_WAITING if on_gpu else 0,
@@ -97,23 +101,25 @@ def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
     return patches + max(rounding, learning, 5 * FLOAT * EVALUATED_NUMBERS)
 
 
-def rounding_bytes(source: SourceModel, surveyed: Survey, recipe: Recipe, told: Conditioning) -> tuple[int, int]:
+def rounding_bytes(
+    source: SourceModel, selection: LayerSelection, recipe: Recipe, conditioning: Conditioning
+) -> tuple[int, int]:
     """Memory that AdaRound takes: recorded calls; a block's outputs for its gradients, its weights, Adam's moments."""
-    names = [block.name for block in surveyed.blocks]
-    sizes = call_bytes(source.network, names, lambda: evaluate_zeros(source, told, 1))
-    samples = recipe.samples * told.branches
+    names = [block.name for block in selection.blocks]
+    sizes = block_bytes(source.network, names, lambda: evaluate_zeros(source, conditioning, 1))
+    samples = recipe.samples * conditioning.branches
     groups = split_blocks(sizes, recipe.steps, samples, recipe.round_samples)
     calls = max(sum(sizes[name] * recipe.steps * count for name, count in group.items()) for group in groups)
-    weights = {spec.name: spec.weight_count for spec in surveyed.coverage.quantized}
-    outputs = _output_bytes(source, names, told)
+    weights = {spec.name: spec.weight_count for spec in selection.coverage.quantized}
+    outputs = _output_bytes(source, names, conditioning)
     learning = (
         2 * BATCH * outputs[block.name] + 12 * FLOAT * sum(weights[name] for name in block.layers)
-        for block in surveyed.blocks
+        for block in selection.blocks
     )
     return calls, max(learning)
 
 
-def _output_bytes(source: SourceModel, names: Sequence[str], told: Conditioning) -> dict[str, int]:
+def _output_bytes(source: SourceModel, names: Sequence[str], conditioning: Conditioning) -> dict[str, int]:
     """By block, what its modules put out in one evaluation of one sample: all of it is kept for the gradients."""
     totals = dict.fromkeys(names, 0)
 
@@ -125,7 +131,7 @@ def _output_bytes(source: SourceModel, names: Sequence[str], told: Conditioning)
 
     inside = ((name, module) for name in names for module in source.network.get_submodule(name).modules())
     with hooked(module.register_forward_hook(counter(name)) for name, module in inside):
-        evaluate_zeros(source, told, 1)
+        evaluate_zeros(source, conditioning, 1)
     return totals
 
 
@@ -133,20 +139,22 @@ def _tensors(output: Any) -> list[Tensor]:
     return [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
 
 
-def activation_bytes(source: SourceModel, told: Conditioning) -> int:
+def activation_bytes(source: SourceModel, conditioning: Conditioning) -> int:
     """What evaluating one sample holds at its worst moment: module outputs, and as much again between modules."""
     with _live_outputs(source.network) as live:
-        evaluate_zeros(source, told, 1)
+        evaluate_zeros(source, conditioning, 1)
     return 2 * live.most
 
 
-def evaluate_zeros(source: SourceModel, told: Conditioning, batch: int) -> None:
-    """Run the model once, on ``batch`` samples of zeros, each with the first row of what is ``told``."""
+def evaluate_zeros(source: SourceModel, conditioning: Conditioning, batch: int) -> None:
+    """Run the model once, on ``batch`` samples of zeros, each with the first row of ``conditioning``."""
     device = next(source.network.parameters()).device
-    given = {key: value[:1].expand(batch, *value.shape[1:]).to(device) for key, value in told.conditional.items()}
+    first = {
+        key: value[:1].expand(batch, *value.shape[1:]).to(device) for key, value in conditioning.conditional.items()
+    }
     with torch.no_grad():
         sample = torch.zeros(batch, *source.sample_shape, device=device)
-        predict(source.network, sample, torch.tensor(1.0, device=device), given).cpu()
+        predict(source.network, sample, torch.tensor(1.0, device=device), first).cpu()
 
 
 class _Live:

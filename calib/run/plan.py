@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from calib.device import evaluating, memory_for_us, most_memory_held, processes_here
-from calib.model.layers import Survey
+from calib.model.layers import LayerSelection
 from calib.model.load import SourceModel
 from calib.record.conditioning import recipe_conditioning
 from calib.record.layer_inputs import capture_bytes
 from calib.record.work_folder import WorkFolder
-from calib.run.memory_estimate import WORKER_BYTES, footprint
+from calib.run.memory_estimate import WORKER_BYTES, estimate_memory
 from calib.run.time_estimate import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
@@ -26,11 +26,11 @@ from dmq_export.table import table
 
 BATCHES = (16, 8, 4, 2, 1)
 WORTH_WORKERS = 15.0  # seconds of fits below which starting processes does not pay
-Family = tuple[LayerSpec, ...]  # layers that share an equivalent scaling
+ScalingGroup = tuple[LayerSpec, ...]  # layers that share an equivalent scaling
 
 
 @dataclass(frozen=True)
-class Limits:
+class Resources:
     """What a calibration may use.
 
     Attributes:
@@ -48,11 +48,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CalibrationPlan:
     """How a calibration will run, and what it will take.
 
     Attributes:
-        passes: over the calibration set; the layers whose inputs each captures, by family.
+        passes: over the calibration set; the layers whose inputs each captures, by group.
         batch: samples per evaluation.
         workers: processes that fit layers; 1 for none but the main one.
         memory: bytes of the device, at the worst moment; on the CPU of all processes together.
@@ -60,7 +60,7 @@ class Plan:
         seconds: by stage.
     """
 
-    passes: tuple[tuple[Family, ...], ...]
+    passes: tuple[tuple[ScalingGroup, ...], ...]
     batch: int
     workers: int
     memory: int
@@ -70,15 +70,15 @@ class Plan:
     @property
     def layers(self) -> int:
         """Layers to fit, in all passes."""
-        return sum(len(family) for families in self.passes for family in families)
+        return sum(len(group) for groups in self.passes for group in groups)
 
-    def only(self, layers: Mapping[str, LayerSpec]) -> "Plan":
-        """The passes over the families with these layers, by name."""
+    def only(self, layers: Mapping[str, LayerSpec]) -> "CalibrationPlan":
+        """The passes over the groups with these layers, by name."""
         passes = (
-            tuple(tuple(layers[spec.name] for spec in family) for family in families if family[0].name in layers)
-            for families in self.passes
+            tuple(tuple(layers[spec.name] for spec in group) for group in groups if group[0].name in layers)
+            for groups in self.passes
         )
-        return replace(self, passes=tuple(families for families in passes if families))
+        return replace(self, passes=tuple(groups for groups in passes if groups))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -109,9 +109,15 @@ class Plan:
 
 
 def make_plan(
-    source: SourceModel, surveyed: Survey, recipe: Recipe, limits: Limits, work: Path, *, batch: int | None = None
-) -> Plan:
-    """The plan that respects ``limits``.
+    source: SourceModel,
+    selection: LayerSelection,
+    recipe: Recipe,
+    resources: Resources,
+    work: Path,
+    *,
+    batch: int | None = None,
+) -> CalibrationPlan:
+    """The plan that respects ``resources``.
 
     Args:
         work: a folder on the disk that layer inputs will go to, or one that is still to be made.
@@ -120,25 +126,25 @@ def make_plan(
     Raises:
         DmqError: no plan does.
     """
-    specs = surveyed.coverage.quantized
-    told = recipe_conditioning(source, recipe, 1)
-    rows = recipe.samples * told.branches
+    specs = selection.coverage.quantized
+    conditioning = recipe_conditioning(source, recipe, 1)
+    rows = recipe.samples * conditioning.branches
     evaluations = rows * recipe.steps
-    families = surveyed.siblings if recipe.les_joint else tuple((spec,) for spec in specs)
-    passes = split_passes(families, evaluations, _disk_limit(limits, work))
+    groups = selection.input_groups if recipe.les_joint else tuple((spec,) for spec in specs)
+    passes = split_passes(groups, evaluations, _disk_limit(resources, work))
     fits = fit_seconds(source, specs, recipe)
-    bytes_held, limit = footprint(source, surveyed, recipe, told), memory_for_us(limits.device)
-    limit = min(limits.memory or math.inf, limit)
+    bytes_held, limit = estimate_memory(source, selection, recipe, conditioning), memory_for_us(resources.device)
+    limit = min(resources.memory or math.inf, limit)
     batch = batch or next((b for b in BATCHES if bytes_held.evaluating(b) <= limit), 1)
     _require_room(source, bytes_held.peak(batch, 1), batch, limit)
-    workers = _workers(limits, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
-    disk = max(sum(_captured(family, evaluations) for family in chosen) for chosen in passes)
-    memory = max(bytes_held.peak(batch, workers), most_memory_held(limits.device))
-    capture = sum(capture_bytes(spec, evaluations) for spec in specs) / CAPTURED[limits.device.type]
-    with evaluating(limits.device):
-        evaluation = evaluation_seconds(source, told, batch)
+    workers = _workers(resources, limit - bytes_held.fixed, bytes_held.fit, sum(fits))
+    disk = max(sum(_captured(group, evaluations) for group in chosen) for chosen in passes)
+    memory = max(bytes_held.peak(batch, workers), most_memory_held(resources.device))
+    capture = sum(capture_bytes(spec, evaluations) for spec in specs) / CAPTURED[resources.device.type]
+    with evaluating(resources.device):
+        evaluation = evaluation_seconds(source, conditioning, batch)
     seconds = stage_seconds(evaluation, rows, recipe, len(passes), len(specs), capture, sum(fits) / workers)
-    return Plan(passes, batch, workers, memory, disk, seconds)
+    return CalibrationPlan(passes, batch, workers, memory, disk, seconds)
 
 
 def _require_room(source: SourceModel, needed: int, batch: int, limit: float) -> None:
@@ -150,35 +156,35 @@ def _require_room(source: SourceModel, needed: int, batch: int, limit: float) ->
         )
 
 
-def split_passes(families: Sequence[Family], evaluations: int, disk: int) -> tuple[tuple[Family, ...], ...]:
-    """Layers whose captured inputs fit on the disk together; at least one family at a time."""
-    passes: list[list[Family]] = []
+def split_passes(groups: Sequence[ScalingGroup], evaluations: int, disk: int) -> tuple[tuple[ScalingGroup, ...], ...]:
+    """Layers whose captured inputs fit on the disk together; at least one group at a time."""
+    passes: list[list[ScalingGroup]] = []
     used = 0
-    for family in families:
-        size = _captured(family, evaluations)
+    for group in groups:
+        size = _captured(group, evaluations)
         if not passes or used + size > disk:
             passes.append([])
             used = 0
-        passes[-1].append(family)
+        passes[-1].append(group)
         used += size
     return tuple(tuple(chosen) for chosen in passes)
 
 
-def _captured(family: Family, evaluations: int) -> int:
-    return sum(capture_bytes(spec, evaluations) for spec in family)
+def _captured(group: ScalingGroup, evaluations: int) -> int:
+    return sum(capture_bytes(spec, evaluations) for spec in group)
 
 
-def _disk_limit(limits: Limits, work: Path) -> int:
+def _disk_limit(resources: Resources, work: Path) -> int:
     existing = next(folder for folder in (work, *work.resolve().parents) if folder.is_dir())
-    return limits.disk or (shutil.disk_usage(existing).free + WorkFolder(work).raw_bytes()) // 2
+    return resources.disk or (shutil.disk_usage(existing).free + WorkFolder(work).raw_bytes()) // 2
 
 
-def _workers(limits: Limits, room: float, fit: int, seconds: float) -> int:
+def _workers(resources: Resources, room: float, fit: int, seconds: float) -> int:
     """Processes that fit layers at once: those asked for, the cores, what the memory takes, one if it does not pay."""
-    if limits.device.type != "cpu" or (limits.workers is None and seconds < WORTH_WORKERS):
+    if resources.device.type != "cpu" or (resources.workers is None and seconds < WORTH_WORKERS):
         return 1
     cores = max(1, len(os.sched_getaffinity(0)) // processes_here())
-    return max(1, min(limits.workers or cores, int(room // (fit + WORKER_BYTES)) if room < math.inf else cores))
+    return max(1, min(resources.workers or cores, int(room // (fit + WORKER_BYTES)) if room < math.inf else cores))
 
 
 def _duration(seconds: float) -> str:

@@ -18,16 +18,16 @@ from calib.fit.adaround import adaround
 from calib.fit.layer import LayerFit, LayerWeights, fit_key, load_fit
 from calib.fit.mixed_precision import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.fit.pts import count_votes, decide
-from calib.model.layers import Survey
+from calib.model.layers import LayerSelection
 from calib.model.load import SourceModel
 from calib.quant.patches import weight_of
-from calib.record.block_inputs import CallRecorder
+from calib.record.block_inputs import BlockRecorder
 from calib.record.conditioning import recipe_conditioning
-from calib.record.layer_inputs import Captures, Place, Visit, inputs_seen
-from calib.record.trajectories import Extent, SamplerSettings, Trajectories, extent_of, joined, record_trajectories
+from calib.record.layer_inputs import Captures, EvaluationIndex, InputHook, inputs_seen
+from calib.record.trajectories import SamplerSettings, SetSize, Trajectories, joined, record_trajectories, set_size
 from calib.record.work_folder import WorkFolder
 from calib.run.evaluate import VARIANTS, sqnr_by_step
-from calib.run.plan import Family, Plan
+from calib.run.plan import CalibrationPlan, ScalingGroup
 from calib.run.processes import ProcessGroup
 from calib.run.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
@@ -36,7 +36,7 @@ from dmq_export.progress import Advance, Progress
 from dmq_export.recipe import Recipe
 from dmq_export.seeds import stream_seed
 
-Recording = AbstractContextManager[Mapping[str, Visit]]
+Recording = AbstractContextManager[Mapping[str, InputHook]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Stages:
     """A calibration's stages, in the order of the methods."""
 
     source: SourceModel
-    surveyed: Survey
+    selection: LayerSelection
     recipe: Recipe
-    plan: Plan
+    plan: CalibrationPlan
     device: torch.device
     progress: Progress
     work: WorkFolder
-    group: ProcessGroup
+    processes: ProcessGroup
 
     def record(self, name: str, count: int, *, held_out: bool = False) -> Trajectories:
         """Sample ``count`` trajectories; sets of different names are independent.
@@ -61,21 +61,21 @@ class Stages:
         recipe = self.recipe.held_out() if held_out else self.recipe
         settings = SamplerSettings(recipe.scheduler, recipe.steps, recipe.eta, recipe.guidance_scale)
         conditioning = recipe_conditioning(self.source, recipe, count)
-        branches, extent = conditioning.branches, extent_of(self.source, settings, conditioning, count)
-        captures = None if held_out else self._captures(self.plan.passes[0], extent, branches)
+        branches, size = conditioning.branches, set_size(self.source, settings, conditioning, count)
+        captures = None if held_out else self._captures(self.plan.passes[0], size, branches)
         batches = {f"{name}/{batch.start}": batch for batch in _parted(count, self.plan.batch)}
 
         def compute(key: str, advance: Advance) -> None:
             batch, seed = batches[key], stream_seed(recipe.seed, name)
             rows = range(batch.start * branches, batch.stop * branches)
             recording: Recording = captures.recording(rows) if captures else nullcontext({})
-            with recording as visits:
+            with recording as hooks:
 
-                def watch(step: int) -> AbstractContextManager[None]:
-                    return inputs_seen(self.source.network, visits, Place(rows.start, step))
+                def step_context(step: int) -> AbstractContextManager[None]:
+                    return inputs_seen(self.source.network, hooks, EvaluationIndex(rows.start, step))
 
                 made = record_trajectories(
-                    self.source, settings, conditioning, batch, seed=seed, advance=advance, watch=watch
+                    self.source, settings, conditioning, batch, seed=seed, advance=advance, step_context=step_context
                 )
                 self.work.save(key, made.tensors())
 
@@ -84,15 +84,15 @@ class Stages:
         return joined([Trajectories.of_tensors(self.work.load(key).tensors) for key in batches])
 
     def fit(self, calibration: Trajectories) -> list[LayerFit]:
-        """Fit every layer on its own; in the order of the survey."""
-        for families in self.plan.passes:
-            if not self._fitted(_layers(families)):
-                captures = self._captures(families, calibration.extent, calibration.branches)
+        """Fit every layer on its own; in the order of the selection."""
+        for groups in self.plan.passes:
+            if not self._fitted(_specs_of(groups)):
+                captures = self._captures(groups, calibration.size, calibration.branches)
                 self._capture(captures, calibration)
-                self._fit_pass(captures, families)
-                if self.group.leads:
+                self._fit_pass(captures, groups)
+                if self.processes.leads:
                     captures.forget()
-        return [load_fit(spec, self.work) for spec in self.surveyed.coverage.quantized]
+        return [load_fit(spec, self.work) for spec in self.selection.coverage.quantized]
 
     def widen(self, fits: Sequence[LayerFit], calibration: Trajectories) -> tuple["Stages", list[LayerFit]]:
         """Fit the most sensitive layers again with more bits, if the recipe asks for it.
@@ -103,21 +103,21 @@ class Stages:
         if not self.recipe.sensitive_share:
             return self, list(fits)
         errors = self._prediction_errors([fit.layer for fit in fits], calibration)
-        families = [family for families in self.plan.passes for family in families]
-        chosen = most_sensitive(families, errors, self.recipe.sensitive_share)
+        groups = [group for groups in self.plan.passes for group in groups]
+        chosen = most_sensitive(groups, errors, self.recipe.sensitive_share)
         wide = {
             spec.name: replace(spec, bits=Bits(max(MORE.weight, spec.bits.weight), MORE.activation))
-            for family in chosen
-            for spec in family
+            for group in chosen
+            for spec in group
         }
-        wider = replace(self, surveyed=self.surveyed.respecified(wide), plan=self.plan.only(wide))
+        wider = replace(self, selection=self.selection.with_specs(wide), plan=self.plan.only(wide))
         return wider, [
             replace(fit, report=fit.report | {"prediction_db": round(-10 * math.log10(max(error, 1e-12)), 2)})
             for fit, error in zip(wider.fit(calibration), errors.values(), strict=True)
         ]
 
     def _prediction_errors(self, layers: Sequence[QuantizedLayer], calibration: Trajectories) -> dict[str, float]:
-        """What rounding each layer costs, by name, in the order of the survey."""
+        """What rounding each layer costs, by name, in the order of the selection."""
         items = {f"sensitivity/{layer.spec.name}": layer for layer in layers}
         few = few_evaluations(calibration)
 
@@ -134,10 +134,10 @@ class Stages:
         recipe = self.recipe
         if recipe.rounding != "adaround":
             return list(layers)
-        blocks = {f"blocks/{block.name}": block for block in self.surveyed.blocks}
-        missing = [blocks[key].name for key in self.group.share(list(blocks)) if key not in self.work]
+        blocks = {f"blocks/{block.name}": block for block in self.selection.blocks}
+        missing = [blocks[key].name for key in self.processes.share(list(blocks)) if key not in self.work]
         network, evaluations = self.source.network, recipe.round_samples
-        recorder = CallRecorder(network, missing, calibration, evaluations=evaluations, batch=self.plan.batch)
+        recorder = BlockRecorder(network, missing, calibration, evaluations=evaluations, batch=self.plan.batch)
 
         def compute(key: str, advance: Advance) -> None:
             block = blocks[key]
@@ -169,7 +169,7 @@ class Stages:
             counts = count_votes(self.source.network, calibration, batches[key], voters, advance=advance)
             self.work.save(key, counts)
 
-        steps = calibration.extent.steps
+        steps = calibration.size.steps
         self._each("PTS votes", "evaluation", {key: len(rows) * steps for key, rows in batches.items()}, compute)
         counts = [self.work.load(key).tensors for key in batches]
         votes = {
@@ -193,10 +193,10 @@ class Stages:
         measured = {variant: self.work.load(key).facts["sqnr_db"] for key, variant in variants.items()}
         return {"timesteps": held_out.timesteps.tolist(), **measured}
 
-    def _captures(self, families: Sequence[Family], extent: Extent, branches: int) -> Captures:
+    def _captures(self, groups: Sequence[ScalingGroup], size: SetSize, branches: int) -> Captures:
         """The inputs of a pass's layers, in batches of the rows that are evaluated at once."""
-        batches = _parted(extent.rows, self.plan.batch * branches)
-        return Captures(self.work, batches, extent.steps, _layers(families), seed=self.recipe.seed)
+        batches = _parted(size.rows, self.plan.batch * branches)
+        return Captures(self.work, batches, size.steps, _specs_of(groups), seed=self.recipe.seed)
 
     def _capture(self, captures: Captures, calibration: Trajectories) -> None:
         """Evaluate the network again where the inputs were not captured while the trajectories were recorded."""
@@ -208,14 +208,14 @@ class Stages:
         def has(key: str) -> bool:
             return captures.has(batches[key])
 
-        if all(has(key) for key in self.group.share(list(batches))):
-            self.group.wait()  # for those who have something to do
+        if all(has(key) for key in self.processes.share(list(batches))):
+            self.processes.wait()  # for those who have something to do
         else:
-            sizes = {key: len(rows) * calibration.extent.steps for key, rows in batches.items()}
+            sizes = {key: len(rows) * calibration.size.steps for key, rows in batches.items()}
             self._each("layer inputs", "evaluation", sizes, compute, has)
 
-    def _fit_pass(self, captures: Captures, families: Sequence[Family]) -> None:
-        mine = self.group.share(families)
+    def _fit_pass(self, captures: Captures, groups: Sequence[ScalingGroup]) -> None:
+        mine = self.processes.share(groups)
         missing = [specs for specs in mine if not self._fitted(specs)]
         total = sum(len(specs) for specs in mine)
         with self.progress.stage("layer fits", total, "layer") as advance:
@@ -227,7 +227,7 @@ class Stages:
                     self.progress.note("layer", name=name, seconds=round(taken, 3))
 
             run_tasks([self._task(specs, captures) for specs in missing], self.plan.workers, done)
-            self.group.wait()
+            self.processes.wait()
 
     def _fitted(self, specs: Sequence[LayerSpec]) -> bool:
         return all(fit_key(spec) in self.work for spec in specs)
@@ -244,7 +244,7 @@ class Stages:
 
     def _voting(self, calibration: Trajectories) -> list[range]:
         """Whole batches, since a batch's rows are those of one branch of guidance, then those of the other."""
-        batches = _parted(calibration.extent.rows, self.plan.batch * calibration.branches)
+        batches = _parted(calibration.size.rows, self.plan.batch * calibration.branches)
         return batches[: -(-self.recipe.pts_samples // self.plan.batch)]
 
     def _votes(self, spec: LayerSpec) -> bool:
@@ -260,7 +260,7 @@ class Stages:
     ) -> None:
         """Compute this process's share of ``items`` (with their sizes) that is not there, then wait for the others."""
         is_there = has or self.work.__contains__
-        mine = self.group.share(list(items))
+        mine = self.processes.share(list(items))
         total = sum(items[key] for key in mine)
         with self.progress.stage(stage, total, unit) as advance, evaluating(self.device):
             for key in mine:
@@ -268,12 +268,12 @@ class Stages:
                     advance(items[key])
                 else:
                     compute(key, advance)
-            self.group.wait()
+            self.processes.wait()
 
 
 def _parted(count: int, at_once: int) -> list[range]:
     return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
-def _layers(families: Sequence[Family]) -> list[LayerSpec]:
-    return [spec for family in families for spec in family]
+def _specs_of(groups: Sequence[ScalingGroup]) -> list[LayerSpec]:
+    return [spec for group in groups for spec in group]

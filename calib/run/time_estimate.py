@@ -30,10 +30,10 @@ CAPTURED = {"cpu": 2e8, "cuda": 1e9}  # bytes of patches that are gathered and w
 TIMED, LONG = 3, 2.0
 
 
-def evaluation_seconds(source: SourceModel, told: Conditioning, batch: int) -> float:
+def evaluation_seconds(source: SourceModel, conditioning: Conditioning, batch: int) -> float:
     """Seconds a sample takes, ``batch`` at a time."""
     device = next(source.network.parameters()).device
-    return _best_seconds(lambda: evaluate_zeros(source, told, batch), device) / batch
+    return _best_seconds(lambda: evaluate_zeros(source, conditioning, batch), device) / batch
 
 
 def stage_seconds(

@@ -21,7 +21,7 @@ from dmq_export.recipe import Recipe
 from dmq_export.table import table
 
 if TYPE_CHECKING:
-    from calib.run.plan import Limits, Plan
+    from calib.run.plan import CalibrationPlan, Resources
 
 Device = Literal["auto", "cpu", "cuda"]
 WORST_SHOWN = 5
@@ -104,23 +104,23 @@ class Means:
     workers: int | None = None
     log: Path | None = None
 
-    def limits(self) -> Limits:
+    def resources(self) -> Resources:
         """The same for the calibrator.
 
         Raises:
             DmqError: ``cuda`` was asked for and is not there.
         """
-        from calib.run.plan import Limits
+        from calib.run.plan import Resources
 
-        return Limits(choose_device(self.device), memory=self.memory, workers=self.workers)
+        return Resources(choose_device(self.device), memory=self.memory, workers=self.workers)
 
 
 @dataclass(frozen=True)
-class CalibrationPlan:
+class PlannedCalibration:
     """What would be quantized, and what that would take."""
 
     coverage: Coverage
-    plan: Plan
+    plan: CalibrationPlan
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -155,7 +155,7 @@ class Job:
     strict: bool = False
     fresh: bool = False
 
-    def told(self, limits: Limits, progress: Progress) -> Recipe:
+    def told(self, resources: Resources, progress: Progress) -> Recipe:
         """The recipe with the embeddings of what is to be drawn.
 
         Raises:
@@ -166,7 +166,7 @@ class Job:
             model_folder(self.model),
             progress,
             guidance_scale=self.recipe.guidance_scale,
-            device=limits.device,
+            device=resources.device,
             sample_size=self.recipe.sample_size,
         )
         recipe = self.recipe if embeddings is None else replace(self.recipe, embeddings=embeddings)
@@ -185,11 +185,11 @@ def calibrate_model(job: Job) -> Calibration | None:
     """
     from calib.calibrate import calibrate, work_folder
 
-    progress, limits = Progress(log=job.means.log), job.means.limits()
-    recipe = job.told(limits, progress)
+    progress, resources = Progress(log=job.means.log), job.means.resources()
+    recipe = job.told(resources, progress)
     folder = model_folder(job.model)
     try:
-        checkpoint = calibrate(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
+        checkpoint = calibrate(folder, job.output, recipe, resources, progress, strict=job.strict, fresh=job.fresh)
     except KeyboardInterrupt as error:
         kept = work_folder(job.output)
         rest = f"what is finished is in {kept}, the same command goes on" if kept.exists() else "nothing is finished"
@@ -199,7 +199,7 @@ def calibrate_model(job: Job) -> Calibration | None:
     return Calibration(job.output, checkpoint, read_json(job.output / RUN))
 
 
-def plan_model(job: Job) -> CalibrationPlan:
+def plan_model(job: Job) -> PlannedCalibration:
     """What :func:`calibrate_model` would do; nothing is written.
 
     Raises:
@@ -207,11 +207,11 @@ def plan_model(job: Job) -> CalibrationPlan:
     """
     from calib.calibrate import planned
 
-    progress, limits = Progress(log=job.means.log), job.means.limits()
-    recipe = job.told(limits, progress)
+    progress, resources = Progress(log=job.means.log), job.means.resources()
+    recipe = job.told(resources, progress)
     folder = model_folder(job.model)
-    surveyed, plan = planned(folder, job.output, recipe, limits, progress, strict=job.strict, fresh=job.fresh)
-    return CalibrationPlan(surveyed.coverage, plan)
+    selection, plan = planned(folder, job.output, recipe, resources, progress, strict=job.strict, fresh=job.fresh)
+    return PlannedCalibration(selection.coverage, plan)
 
 
 def choose_device(device: Device) -> Any:

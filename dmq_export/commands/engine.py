@@ -113,7 +113,7 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
     _backend(folder, execution, ("torch",))
     import torch
 
-    from calib.model.denoiser import reference_denoiser
+    from calib.model.denoiser import fake_quantized_denoiser
 
     if execution.threads is not None:
         torch.set_num_threads(execution.threads)
@@ -121,7 +121,7 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
     checkpoint = load_checkpoint(folder)
     facts = facts_from_json(model_facts(checkpoint, "reference"))
     inputs = {name: ("batch", *value.shape[1:]) for name, value in checkpoint.probe.conditioning.items()}
-    return Engine(facts.bits, "torch", reference_denoiser(checkpoint, device), facts, inputs)
+    return Engine(facts.bits, "torch", fake_quantized_denoiser(checkpoint, device), facts, inputs)
 
 
 def _torch_device(provider: str | None) -> torch.device:

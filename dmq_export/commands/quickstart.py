@@ -128,11 +128,11 @@ def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Check
     import torch
 
     from calib.calibrate import calibrate
-    from calib.run.plan import Limits
+    from calib.run.plan import Resources
 
     recipe = recipe_from("fast", bits=Bits.parse(name), null_label=NO_LABEL, seed=seed)
-    limits = Limits(torch.device("cpu"))
-    checkpoint = calibrate(BUNDLED / MODEL, folder / name, recipe, limits, progress, fresh=True)
+    resources = Resources(torch.device("cpu"))
+    checkpoint = calibrate(BUNDLED / MODEL, folder / name, recipe, resources, progress, fresh=True)
     return checkpoint, export_onnx(folder / name, folder / f"{name}.onnx", progress)
 
 

@@ -31,7 +31,7 @@ from dmq_export.verify import (
 )
 
 if TYPE_CHECKING:
-    from calib.model.fake_quantized import ReferenceModel
+    from calib.model.fake_quantized import FakeQuantizedModel
     from dmq_export.export import ExportedGraph
 
 PRECISIONS = {"float32": FLOAT32, "float16": FLOAT16}
@@ -107,11 +107,11 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
     """
     import torch
 
-    from calib.model.fake_quantized import load_reference
+    from calib.model.fake_quantized import load_fake_quantized
 
     if graph.batch is not None and graph.batch.fixed is not None:
         checkpoint = replace(checkpoint, probe=checkpoint.probe.resized(graph.batch.fixed))
-    reference = load_reference(checkpoint, torch.device("cpu"))
+    reference = load_fake_quantized(checkpoint, torch.device("cpu"))
     wanted = (ONNX_RUNTIME, OPENVINO) if graph.target == "openvino" else (ONNX_RUNTIME,)
     missing = tuple(runtime for runtime in wanted if runtime == OPENVINO and find_spec("openvino") is None)
     executors = _executors(graph, [runtime for runtime in wanted if runtime not in missing])
@@ -153,7 +153,7 @@ def _session(runtime: str) -> Callable[[Path | bytes], Session]:
 
 
 def _check_layers(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, executor: Executor, graph: ExportedGraph
+    checkpoint: Checkpoint, step: int, reference: FakeQuantizedModel, executor: Executor, graph: ExportedGraph
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.model.fake_quantized import record_layers
@@ -174,7 +174,7 @@ def _check_layers(
 
 
 def _drift(
-    checkpoint: Checkpoint, step: int, reference: ReferenceModel, executors: list[Executor], relative: float
+    checkpoint: Checkpoint, step: int, reference: FakeQuantizedModel, executors: list[Executor], relative: float
 ) -> list[StepDrift]:
     """One probed step, in each runtime."""
     from calib.model.fake_quantized import perturbed

@@ -22,7 +22,7 @@ from calib.model.fake_quantized import quantized
 from calib.model.load import load_model
 from calib.record.conditioning import recipe_conditioning
 from calib.record.trajectories import Trajectories
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.errors import DmqError, ModelError
@@ -30,7 +30,7 @@ from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
 
 RECIPE = replace(TINY_RECIPE, steps=2)
-CPU = Limits(torch.device("cpu"))
+CPU = Resources(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def labelled_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("labelled"), num_class_embeds=3)
 
 
-def run(model: Path, output: Path, recipe: Recipe = RECIPE, limits: Limits = CPU, **options: bool) -> Checkpoint:
+def run(model: Path, output: Path, recipe: Recipe = RECIPE, limits: Resources = CPU, **options: bool) -> Checkpoint:
     return calibrate(model, output, recipe, limits, Progress(show=False), **options)
 
 
@@ -72,7 +72,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(
 def test_the_disk_limit_changes_the_number_of_passes_and_nothing_else(
     small_model: Path, calibrated: tuple[Path, Checkpoint], tmp_path: Path
 ) -> None:
-    run(small_model, tmp_path / "out", limits=Limits(torch.device("cpu"), disk=1))
+    run(small_model, tmp_path / "out", limits=Resources(torch.device("cpu"), disk=1))
     assert contents(tmp_path / "out") == contents(calibrated[0])
 
 

@@ -29,7 +29,7 @@ from calib.fit.gptq import gptq_codes
 from calib.fit.les import LesSettings, fit_les
 from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from calib.run.stages import Stages
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
@@ -58,7 +58,7 @@ EVERY_STAGE = replace(
 )
 
 
-def run(model: Path, output: Path, recipe: Recipe, limits: Limits = Limits(CUDA)) -> Checkpoint:  # noqa: B008 - frozen
+def run(model: Path, output: Path, recipe: Recipe, limits: Resources = Resources(CUDA)) -> Checkpoint:  # noqa: B008 - frozen
     return calibrate(model, output, recipe, limits, Progress(show=False))
 
 
@@ -104,7 +104,7 @@ def test_as_good_as_on_the_cpu(tmp_path: Path, bits: str) -> None:
     recipe = recipe_from("fast", bits=Bits.parse(bits), samples=32)
     found = {}
     for device in (CPU, CUDA):
-        metrics = run(BUNDLED / "digits", tmp_path / device.type, recipe, Limits(device)).metrics
+        metrics = run(BUNDLED / "digits", tmp_path / device.type, recipe, Resources(device)).metrics
         found[device.type] = np.mean(metrics["prediction_sqnr_db"]["both"])
     assert found["cuda"] == pytest.approx(found["cpu"], abs=0.7)
 
@@ -117,7 +117,7 @@ def test_every_family_calibrates(kind: str, tmp_path: Path) -> None:
 
 def test_the_memory_limit_is_kept_and_the_plan_is_near(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "model", sample_size=64, block_out_channels=(128,), norm_num_groups=32)
-    limits, recipe = Limits(CUDA, memory=GIB), replace(TINY_RECIPE, samples=16, steps=2)
+    limits, recipe = Resources(CUDA, memory=GIB), replace(TINY_RECIPE, samples=16, steps=2)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     plan = planned(model, tmp_path / "out", recipe, limits, Progress(show=False))[1]

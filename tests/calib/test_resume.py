@@ -19,13 +19,13 @@ import calib.run.stages
 from calib.calibrate import calibrate, planned, work_folder
 from calib.record.layer_inputs import Captures
 from calib.record.work_folder import WorkFolder
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.checkpoint import FACTS, TENSORS
 from dmq_export.errors import DmqError
 from dmq_export.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU, QUIET = Limits(torch.device("cpu")), Progress(show=False)
+CPU, QUIET = Resources(torch.device("cpu")), Progress(show=False)
 # two groups of samples, every stage
 RECIPE = replace(
     TINY_RECIPE, samples=20, steps=2, rounding="adaround", round_iterations=3, pts_kappa=0.0, sensitive_share=0.3
@@ -42,7 +42,7 @@ def stop(*_: object, **__: object) -> None:
     raise Stopped
 
 
-def run(model: Path, output: Path, limits: Limits = CPU, recipe=RECIPE, **options: bool) -> None:
+def run(model: Path, output: Path, limits: Resources = CPU, recipe=RECIPE, **options: bool) -> None:
     calibrate(model, output, recipe, limits, Progress(show=False), **options)
 
 
@@ -141,7 +141,7 @@ def test_it_goes_on_with_the_batch_it_began_with_whatever_memory_is_free_now(
 def test_the_number_of_workers_changes_nothing(
     small_model: Path, undisturbed: tuple[bytes, ...], tmp_path: Path
 ) -> None:
-    run(small_model, tmp_path / "out", Limits(torch.device("cpu"), workers=2))
+    run(small_model, tmp_path / "out", Resources(torch.device("cpu"), workers=2))
     assert contents(tmp_path / "out") == undisturbed
 
 
@@ -150,7 +150,7 @@ def test_the_number_of_passes_changes_nothing(tmp_path: Path) -> None:
     model, recipe = save_tiny_model(tmp_path / "model"), replace(RECIPE, guidance_scale=2.0, null_label=0, samples=18)
     recipe = replace(recipe, rounding="gptq", sensitive_share=0.0)
     run(model, tmp_path / "one", recipe=recipe)
-    run(model, tmp_path / "many", Limits(torch.device("cpu"), disk=1), recipe)
+    run(model, tmp_path / "many", Resources(torch.device("cpu"), disk=1), recipe)
     plans = [json.loads((tmp_path / name / "run.json").read_text())["plan"]["passes"] for name in ("one", "many")]
     assert plans[0] == 1 < plans[1]
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
@@ -173,7 +173,7 @@ def test_what_is_captured_is_not_captured_again_where_there_is_less_room_now(
 
     monkeypatch.setattr(Captures, "take", noted)
     less = planned(small_model, tmp_path / "out", recipe, CPU, QUIET)[1].disk - 1
-    run(small_model, tmp_path / "out", Limits(torch.device("cpu"), disk=less), recipe)
+    run(small_model, tmp_path / "out", Resources(torch.device("cpu"), disk=less), recipe)
     assert len(taken) == len(taken[0].batches) == 2  # of the second pass; the first held that and more
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib.fit.adaround import SoftLayer, adaround, squared_error
 from calib.model.fake_quantized import quantized
 from calib.model.layers import Block
-from calib.record.block_inputs import CallRecorder
+from calib.record.block_inputs import BlockRecorder
 from calib.record.trajectories import Trajectories
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec, QuantizedLayer
@@ -209,7 +209,7 @@ def refined(
     """Every block from where all layers are; what no block holds stays."""
     done = {layer.spec.name: layer for layer in layers}
     names = [block.name for block in blocks]
-    recorder = CallRecorder(network, names, trajectories, evaluations=evaluations, batch=4)
+    recorder = BlockRecorder(network, names, trajectories, evaluations=evaluations, batch=4)
     for block in blocks:
         for layer in adaround(network, block, layers, recorder.take(block.name), iterations=iterations, seed=seed):
             done[layer.spec.name] = layer
@@ -317,7 +317,7 @@ def test_a_block_does_not_make_up_for_the_rounding_of_those_before_it(gain: floa
 def test_every_iteration_is_told_once(
     network: Network, layers: list[QuantizedLayer], trajectories: Trajectories, iterations: int, told: list[int]
 ) -> None:
-    calls = CallRecorder(network, ["proj"], trajectories, evaluations=24, batch=4).take("proj")
+    calls = BlockRecorder(network, ["proj"], trajectories, evaluations=24, batch=4).take("proj")
     heard: list[int] = []
     adaround(network, BLOCKS[1], layers, calls, iterations=iterations, seed=0, advance=heard.append)
     assert heard == told

@@ -18,7 +18,7 @@ from calib.calibrate import calibrate
 from calib.fit.mixed_precision import MORE, few_evaluations, most_sensitive, prediction_error
 from calib.model.load import SourceModel
 from calib.record.trajectories import Trajectories
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.layer import LayerSpec
@@ -76,32 +76,32 @@ families_of_layers = st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=
 
 @given(families_of_layers, st.randoms(use_true_random=False), st.floats(0, 1))
 def test_the_room_goes_to_whoever_costs_most_per_weight(sizes: list[list[int]], random: Any, share: float) -> None:
-    families = tuple(
+    groups = tuple(
         tuple(replace(linear(name=f"{i}.{j}"), parts=(size,), out_channels=1) for j, size in enumerate(sizes_of_family))
         for i, sizes_of_family in enumerate(sizes)
     )
-    errors = {spec.name: random.random() for family in families for spec in family}
-    chosen = most_sensitive(families, errors, share)
+    errors = {spec.name: random.random() for group in groups for spec in group}
+    chosen = most_sensitive(groups, errors, share)
     total = sum(map(sum, sizes))
 
-    def weights(family: tuple[LayerSpec, ...]) -> int:
-        return sum(spec.in_channels for spec in family)
+    def weights(group: tuple[LayerSpec, ...]) -> int:
+        return sum(spec.in_channels for spec in group)
 
-    def cost(family: tuple[LayerSpec, ...]) -> float:
-        return sum(errors[spec.name] for spec in family) / weights(family)
+    def cost(group: tuple[LayerSpec, ...]) -> float:
+        return sum(errors[spec.name] for spec in group) / weights(group)
 
-    assert chosen == tuple(family for family in families if family in chosen)
+    assert chosen == tuple(group for group in groups if group in chosen)
     assert sum(map(weights, chosen)) <= share * total
-    for left in set(families) - set(chosen):  # there was no room for it beside those that cost more
-        before = sum(weights(family) for family in chosen if cost(family) >= cost(left))
+    for left in set(groups) - set(chosen):  # there was no room for it beside those that cost more
+        before = sum(weights(group) for group in chosen if cost(group) >= cost(left))
         assert before + weights(left) > share * total
 
 
 def test_all_or_none_of_the_layers() -> None:
-    families = ((linear(name="a"), linear(name="b")), (linear(name="c"),))
+    groups = ((linear(name="a"), linear(name="b")), (linear(name="c"),))
     errors = dict.fromkeys("abc", 1.0)
-    assert most_sensitive(families, errors, 1.0) == families
-    assert most_sensitive(families, errors, 0.0) == ()
+    assert most_sensitive(groups, errors, 1.0) == groups
+    assert most_sensitive(groups, errors, 0.0) == ()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_chosen_layers_have_more_bits_the_others_are_as_they_were(
     def run(share: float):
         settings = replace(recipe, sensitive_share=share)
         folder = tmp_path / str(share)
-        return calibrate(small_model, folder, settings, Limits(torch.device("cpu")), Progress(show=False))
+        return calibrate(small_model, folder, settings, Resources(torch.device("cpu")), Progress(show=False))
 
     plain, wide = run(0.0), run(0.4)
     widths = {layer.spec.name: layer.spec.bits for layer in wide.layers}
@@ -142,5 +142,5 @@ def test_layers_of_different_widths_are_exported_and_proved_equal(
     small_model: Path, tmp_path: Path, target: Any
 ) -> None:
     recipe = replace(TINY_RECIPE, sensitive_share=0.4, pts_layers="all", pts_kappa=0.3)
-    calibrate(small_model, tmp_path / "out", recipe, Limits(torch.device("cpu")), Progress(show=False))
+    calibrate(small_model, tmp_path / "out", recipe, Resources(torch.device("cpu")), Progress(show=False))
     assert export_onnx(tmp_path / "out", tmp_path / "model.onnx", Progress(show=False), target=target).verification

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calib.model.denoiser import float_denoiser, reference_denoiser
-from calib.model.fake_quantized import load_reference
+from calib.model.denoiser import fake_quantized_denoiser, float_denoiser
+from calib.model.fake_quantized import load_fake_quantized
 from calib.model.load import load_model
 from calib.model.network import predict
 from dmq_export.checkpoint import Checkpoint
@@ -17,8 +17,8 @@ LABELS = np.array([0, 2])
 
 
 def test_the_reference(tiny_checkpoint: Checkpoint) -> None:
-    denoise = reference_denoiser(tiny_checkpoint, CPU)
-    reference = load_reference(tiny_checkpoint, CPU)
+    denoise = fake_quantized_denoiser(tiny_checkpoint, CPU)
+    reference = load_fake_quantized(tiny_checkpoint, CPU)
     for timestep in (67.0, 1.0):  # another row of the tables
         expected = reference(torch.from_numpy(SAMPLE), timestep, class_labels=torch.from_numpy(LABELS))
         np.testing.assert_array_equal(denoise(SAMPLE, timestep, class_labels=LABELS), expected.numpy())

@@ -12,7 +12,14 @@ from layers import SPECS, conv2d, linear, random_input, random_layer, specs
 from reference import add_bias, along, dequantize_input, dequantize_weight, layer_output, operate, quantize_input
 from torch import Tensor, nn
 
-from calib.model.fake_quantized import ReferenceLayer, ReferenceModel, StepIndex, load_reference, perturbed, quantized
+from calib.model.fake_quantized import (
+    FakeQuantizedLayer,
+    FakeQuantizedModel,
+    StepIndex,
+    load_fake_quantized,
+    perturbed,
+    quantized,
+)
 from calib.model.fake_quantized import record_layers as record
 from calib.model.load import SourceModel, load_model
 from dmq_export.checkpoint import Checkpoint
@@ -27,7 +34,7 @@ def at_row(row: int) -> StepIndex:
     return index
 
 
-def run(module: ReferenceLayer, x: np.ndarray) -> np.ndarray:
+def run(module: FakeQuantizedLayer, x: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return module(torch.from_numpy(x)).numpy()
 
@@ -38,7 +45,7 @@ def assert_close(output: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_layer_equal(layer: QuantizedLayer, x: np.ndarray, row: int) -> None:
-    module = ReferenceLayer(layer, at_row(row))
+    module = FakeQuantizedLayer(layer, at_row(row))
     codes = module.codes(torch.from_numpy(x)).numpy()
     expected = quantize_input(layer, x, row)
     assert np.array_equal(codes, codes.astype(np.uint8))
@@ -72,7 +79,7 @@ def test_any_layer_equals_the_oracle(spec: LayerSpec, steps: int, seed: int, bia
 def test_a_static_layer_is_the_same_at_every_step() -> None:
     layer = random_layer(conv2d())
     x = random_input(layer.spec)
-    assert np.array_equal(run(ReferenceLayer(layer, at_row(2)), x), run(ReferenceLayer(layer, at_row(0)), x))
+    assert np.array_equal(run(FakeQuantizedLayer(layer, at_row(2)), x), run(FakeQuantizedLayer(layer, at_row(0)), x))
 
 
 def float_weight(spec: LayerSpec) -> np.ndarray:
@@ -85,14 +92,14 @@ def test_float_activations_leave_only_the_weights_error(name: str) -> None:
     spec, x = layer.spec, random_input(layer.spec)
     scaled = x / along(layer.tau.astype(np.float64), x.ndim, spec.channel_axis)
     expected = add_bias(layer, operate(spec, scaled, dequantize_weight(layer)))
-    assert_close(run(ReferenceLayer(layer, StepIndex(), activations=False), x), expected)
+    assert_close(run(FakeQuantizedLayer(layer, StepIndex(), activations=False), x), expected)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_float_weights_leave_only_the_activations_error(name: str) -> None:
     layer = random_layer(SPECS[name])
     spec, x, weight = layer.spec, random_input(layer.spec), float_weight(layer.spec)
-    module = ReferenceLayer(layer, StepIndex(), weights=False, weight=torch.from_numpy(weight))
+    module = FakeQuantizedLayer(layer, StepIndex(), weights=False, weight=torch.from_numpy(weight))
     codes = module.codes(torch.from_numpy(x)).numpy().astype(np.int64)
     # tau multiplies the activation instead of the weight, so that the oracle needs no columns of groups
     tau = along(layer.tau.astype(np.float64), x.ndim, spec.channel_axis)
@@ -103,7 +110,7 @@ def test_float_weights_leave_only_the_activations_error(name: str) -> None:
 def test_float_weights_and_activations_are_the_float_layer(name: str) -> None:
     layer = random_layer(SPECS[name])
     x, weight = random_input(layer.spec), float_weight(layer.spec)
-    module = ReferenceLayer(
+    module = FakeQuantizedLayer(
         layer, StepIndex(), weights=False, activations=False, weight=torch.from_numpy(weight).requires_grad_()
     )
     assert_close(run(module, x), add_bias(layer, operate(layer.spec, x.astype(np.float64), weight)))
@@ -111,7 +118,7 @@ def test_float_weights_and_activations_are_the_float_layer(name: str) -> None:
 
 def test_float_weights_must_be_given() -> None:
     with pytest.raises(ValueError, match="layer conv: the float weight is needed"):
-        ReferenceLayer(random_layer(conv2d()), StepIndex(), weights=False)
+        FakeQuantizedLayer(random_layer(conv2d()), StepIndex(), weights=False)
 
 
 class TwoLayers(nn.Module):
@@ -153,7 +160,7 @@ def test_quantized_puts_the_float_layers_back() -> None:
     modules, before = dict(network.named_modules()), network(x, None)[0]
     with quantized(network, two_layers(), TIMESTEPS) as reference:
         assert not torch.allclose(reference(x, 500), before)
-        assert isinstance(network.conv, ReferenceLayer)
+        assert isinstance(network.conv, FakeQuantizedLayer)
     assert all(network.get_submodule(name) is module for name, module in modules.items() if name)
     assert torch.equal(network(x, None)[0], before)
 
@@ -196,7 +203,7 @@ def probe_inputs(checkpoint: Checkpoint, step: int) -> tuple[Tensor, float, dict
 def test_the_reference_of_a_checkpoint_is_the_quantized_network_bit_for_bit(
     tiny: SourceModel, tiny_checkpoint: Checkpoint
 ) -> None:
-    loaded = load_reference(tiny_checkpoint, torch.device("cpu"))
+    loaded = load_fake_quantized(tiny_checkpoint, torch.device("cpu"))
     with quantized(tiny.network, tiny_checkpoint.layers, torch.from_numpy(tiny_checkpoint.timesteps)) as in_memory:
         for step in range(len(tiny_checkpoint.probe.timesteps)):
             x, timestep, conditioning = probe_inputs(tiny_checkpoint, step)
@@ -204,7 +211,7 @@ def test_the_reference_of_a_checkpoint_is_the_quantized_network_bit_for_bit(
 
 
 def test_recorded_layers_follow_from_their_own_inputs(tiny_checkpoint: Checkpoint) -> None:
-    reference = load_reference(tiny_checkpoint, torch.device("cpu"))
+    reference = load_fake_quantized(tiny_checkpoint, torch.device("cpu"))
     x, timestep, conditioning = probe_inputs(tiny_checkpoint, 1)
     values, prediction = record(reference, x, timestep, conditioning)
     assert list(values) == [layer.spec.name for layer in tiny_checkpoint.layers]
@@ -253,10 +260,10 @@ def test_perturbed_reaches_the_second_layer_too() -> None:
 
 
 def test_a_model_of_reference_layers_needs_no_source(tiny_checkpoint: Checkpoint) -> None:
-    reference = load_reference(tiny_checkpoint, torch.device("cpu"))
-    assert isinstance(reference, ReferenceModel)
+    reference = load_fake_quantized(tiny_checkpoint, torch.device("cpu"))
+    assert isinstance(reference, FakeQuantizedModel)
     assert not any(parameter.requires_grad for parameter in reference.network.parameters())
-    names = {name for name, module in reference.network.named_modules() if isinstance(module, ReferenceLayer)}
+    names = {name for name, module in reference.network.named_modules() if isinstance(module, FakeQuantizedLayer)}
     assert names == {layer.spec.name for layer in tiny_checkpoint.layers}
 
 
@@ -267,7 +274,7 @@ def test_weights_made_for_every_evaluation_are_those_that_are_kept(name: str, we
     x = torch.from_numpy(random_input(layer.spec))
     weight = torch.randn(layer.spec.weight_shape, generator=torch.Generator().manual_seed(0))
     kept, made = (
-        ReferenceLayer(layer, StepIndex(), weights=weights, weight=weight, keep=keep) for keep in (True, False)
+        FakeQuantizedLayer(layer, StepIndex(), weights=weights, weight=weight, keep=keep) for keep in (True, False)
     )
     assert made.weight is None
     assert torch.equal(made(x), kept(x))

@@ -1,4 +1,4 @@
-"""Every family of denoisers through the whole road: survey, calibration, portable ONNX, verification."""
+"""Every family of denoisers through the whole road: layer selection, calibration, portable ONNX, verification."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,9 +10,9 @@ from models import NETWORKS, SAMPLE_SIZE, TINY_RECIPE, save_tiny_network, tiny_n
 from torch import nn
 
 from calib.calibrate import calibrate
-from calib.model.layers import survey
+from calib.model.layers import select_layers
 from calib.model.load import load_model
-from calib.run.plan import Limits
+from calib.run.plan import Resources
 from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
@@ -33,7 +33,7 @@ def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_weight_is_quantized_or_listed_with_its_reason(kind: str, model: Path) -> None:
     source = load_model(model, CPU, sample_size=SAMPLE_SIZE.get(kind))
-    coverage = survey(source, TINY_RECIPE.bits, "asymmetric", []).coverage
+    coverage = select_layers(source, TINY_RECIPE.bits, "asymmetric", []).coverage
     listed = Counter([spec.name for spec in coverage.quantized] + [layer.name for layer in coverage.float_layers])
     weighted = (nn.Conv2d, nn.Linear, nn.Embedding)
     modules = dict(source.network.named_modules())
@@ -48,7 +48,7 @@ def test_every_weight_is_quantized_or_listed_with_its_reason(kind: str, model: P
 def test_it_is_calibrated_exported_and_proved_equal(kind: str, model: Path, tmp_path: Path) -> None:
     source = load_model(model, CPU, sample_size=SAMPLE_SIZE.get(kind))
     recipe = tiny_network_recipe(kind, source.network)
-    calibrate(model, tmp_path / "checkpoint", recipe, Limits(CPU), Progress(show=False))
+    calibrate(model, tmp_path / "checkpoint", recipe, Resources(CPU), Progress(show=False))
     export = export_onnx(tmp_path / "checkpoint", tmp_path / "model.onnx", Progress(show=False))
     assert export.verification is not None
     graph = ir.load(tmp_path / "model.onnx").graph

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.model.families import family_of
-from calib.model.layers import Survey, observe, survey
+from calib.model.layers import LayerSelection, observe, select_layers
 from calib.model.load import SourceModel, load_model
 from dmq_export.bits import Bits
 from dmq_export.coverage import FloatLayer
@@ -36,18 +36,18 @@ def source(network: nn.Module) -> SourceModel:
     return SourceModel(network, "Custom", {"sample_size": 4, "in_channels": 2}, {}, "")
 
 
-def surveyed(
+def selection(
     layers: dict[str, nn.Module], middle: Callable[[nn.ModuleDict, Tensor], Tensor], *float_patterns: str
-) -> Survey:
-    return survey(source(Denoiser(layers, middle)), W4A8, "asymmetric", float_patterns)
+) -> LayerSelection:
+    return select_layers(source(Denoiser(layers, middle)), W4A8, "asymmetric", float_patterns)
 
 
-def floats(result: Survey) -> dict[str, FloatLayer]:
+def floats(result: LayerSelection) -> dict[str, FloatLayer]:
     return {layer.name: layer for layer in result.coverage.float_layers}
 
 
 def parts_of(layer: nn.Module, middle: Callable[[nn.ModuleDict, Tensor], Tensor]) -> tuple[int, ...]:
-    return surveyed({"x": layer}, middle).coverage.quantized[0].parts
+    return selection({"x": layer}, middle).coverage.quantized[0].parts
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def tiny(tiny_model: Path) -> SourceModel:
 
 
 def test_every_conv_and_linear_is_listed_exactly_once(tiny: SourceModel) -> None:
-    coverage = survey(tiny, W4A8, "asymmetric", ["*.to_q"]).coverage
+    coverage = select_layers(tiny, W4A8, "asymmetric", ["*.to_q"]).coverage
     listed = Counter([spec.name for spec in coverage.quantized] + [layer.name for layer in coverage.float_layers])
     layers = [name for name, m in tiny.network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
     products = [name for name, m in tiny.network.named_modules() if type(m).__name__ == "Attention"]
@@ -66,7 +66,7 @@ def test_every_conv_and_linear_is_listed_exactly_once(tiny: SourceModel) -> None
 
 
 def test_blocks_partition_the_quantized_layers(tiny: SourceModel) -> None:
-    result = survey(tiny, W4A8, "asymmetric", ["mid_block.*.conv1"])
+    result = select_layers(tiny, W4A8, "asymmetric", ["mid_block.*.conv1"])
     in_blocks = [name for block in result.blocks for name in block.layers]
     assert sorted(in_blocks) == sorted(spec.name for spec in result.coverage.quantized)
     assert len(set(in_blocks)) == len(in_blocks)
@@ -80,7 +80,7 @@ def test_blocks_partition_the_quantized_layers(tiny: SourceModel) -> None:
 
 
 def test_skip_shortcuts_are_split_where_the_skip_was_joined(tiny: SourceModel) -> None:
-    specs = survey(tiny, W4A8, "asymmetric", []).coverage.quantized
+    specs = select_layers(tiny, W4A8, "asymmetric", []).coverage.quantized
     shortcuts = {spec.name: spec.parts for spec in specs if len(spec.parts) > 1}
     # channels that come up, then the skip's: the down path leaves 8 8 8 | 16 16 behind, last one first
     assert shortcuts == {
@@ -92,7 +92,7 @@ def test_skip_shortcuts_are_split_where_the_skip_was_joined(tiny: SourceModel) -
 
 
 def test_the_layers_that_stay_float_say_why(tiny: SourceModel) -> None:
-    layers = floats(survey(tiny, W4A8, "asymmetric", ["*.to_q", "*.to_*"]))
+    layers = floats(select_layers(tiny, W4A8, "asymmetric", ["*.to_q", "*.to_*"]))
     assert layers["conv_in"].reason == "first layer"
     assert layers["conv_out"].reason == "last layer"
     assert layers["time_embedding.linear_1"].reason == "time or label embedding"
@@ -105,27 +105,28 @@ def test_the_layers_that_stay_float_say_why(tiny: SourceModel) -> None:
 
 
 def test_a_float_layer_pattern_takes_the_layers_it_matches_and_no_others(tiny: SourceModel) -> None:
-    everything = {spec.name for spec in survey(tiny, W4A8, "asymmetric", []).coverage.quantized}
-    kept = {spec.name for spec in survey(tiny, W4A8, "asymmetric", ["*.conv1", "mid_block.*"]).coverage.quantized}
+    everything = {spec.name for spec in select_layers(tiny, W4A8, "asymmetric", []).coverage.quantized}
+    fewer = select_layers(tiny, W4A8, "asymmetric", ["*.conv1", "mid_block.*"])
+    kept = {spec.name for spec in fewer.coverage.quantized}
     assert kept == {name for name in everything if not name.endswith(".conv1") and not name.startswith("mid_block.")}
 
 
 def test_the_first_and_last_layer_may_be_named_too(tiny: SourceModel) -> None:
-    result = survey(tiny, W4A8, "asymmetric", ["conv_in"])
-    assert result.coverage.quantized == survey(tiny, W4A8, "asymmetric", []).coverage.quantized
+    result = select_layers(tiny, W4A8, "asymmetric", ["conv_in"])
+    assert result.coverage.quantized == select_layers(tiny, W4A8, "asymmetric", []).coverage.quantized
     assert floats(result)["conv_in"].reason == "first layer"
 
 
 @pytest.mark.parametrize("pattern", ["conv1", "to_q", "", "*.CONV1"])
 def test_a_float_layer_pattern_without_a_match_is_an_error_with_an_example(tiny: SourceModel, pattern: str) -> None:
     with pytest.raises(ModelError, match=r"matches no layer.* whole names, such as conv_in") as caught:
-        survey(tiny, W4A8, "asymmetric", ["*.conv2", pattern])
+        select_layers(tiny, W4A8, "asymmetric", ["*.conv2", pattern])
     assert f"--float-layer {pattern!r}" in str(caught.value)
 
 
 def test_nothing_left_to_quantize_is_an_error(tiny: SourceModel) -> None:
     with pytest.raises(ModelError, match="no layer is left to quantize: see --float-layer"):
-        survey(tiny, W4A8, "asymmetric", ["*"])
+        select_layers(tiny, W4A8, "asymmetric", ["*"])
 
 
 CONCATS = {
@@ -181,7 +182,7 @@ def test_a_concat_of_the_same_sizes_elsewhere_does_not_split() -> None:
 
 def test_a_layer_that_runs_twice_or_never_stays_float() -> None:
     layers = {"twice": nn.Conv2d(4, 4, 1), "never": nn.Conv2d(4, 4, 1), "once": nn.Conv2d(4, 4, 1)}
-    result = surveyed(layers, lambda m, x: m["twice"](m["once"](m["twice"](x))))
+    result = selection(layers, lambda m, x: m["twice"](m["once"](m["twice"](x))))
     assert [spec.name for spec in result.coverage.quantized] == ["layers.once"]
     odd = {name: (layer.reason, layer.by_design) for name, layer in floats(result).items() if "layers" in name}
     assert odd == {"layers.twice": ("runs 2 times per step", False), "layers.never": ("never runs", False)}
@@ -190,7 +191,7 @@ def test_a_layer_that_runs_twice_or_never_stays_float() -> None:
 def test_one_module_under_two_names_counts_its_runs_together() -> None:
     shared = nn.Conv2d(4, 4, 1)
     layers = {"a": shared, "b": shared, "c": nn.Conv2d(4, 4, 1)}
-    result = surveyed(layers, lambda m, x: m["b"](m["c"](m["a"](x))))
+    result = selection(layers, lambda m, x: m["b"](m["c"](m["a"](x))))
     assert floats(result)["layers.a"].reason == "runs 2 times per step"
 
 
@@ -213,7 +214,7 @@ UNSUPPORTED = {
 def test_a_layer_of_another_kind_is_listed_as_not_supported(kind: str) -> None:
     layer, apply = UNSUPPORTED[kind]
     layers = {"odd": layer, "plain": nn.Conv2d(4, 4, 1)}
-    result = surveyed(layers, lambda m, x: m["plain"](apply(m["odd"], x)))
+    result = selection(layers, lambda m, x: m["plain"](apply(m["odd"], x)))
     assert [spec.name for spec in result.coverage.quantized] == ["layers.plain"]
     found = floats(result)["layers.odd"]
     assert (found.kind, found.reason, found.by_design) == (kind, f"{kind} is not supported", False)
@@ -223,7 +224,7 @@ def test_a_layer_of_another_kind_is_listed_as_not_supported(kind: str) -> None:
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_with_anything_but_zeros_stays_float(mode: str) -> None:
     layers = {"padded": nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode), "plain": nn.Conv2d(4, 4, 1)}
-    result = surveyed(layers, lambda m, x: m["plain"](m["padded"](x)))
+    result = selection(layers, lambda m, x: m["plain"](m["padded"](x)))
     found = floats(result)["layers.padded"]
     assert (found.reason, found.by_design) == (f"padding mode {mode}", False)
 
@@ -236,13 +237,13 @@ def test_padding_by_name_is_counted_out(
     kernel: int | tuple[int, int], dilation: int, padding: str, expected: tuple[int, int]
 ) -> None:
     layer = nn.Conv2d(4, 4, kernel, dilation=dilation, padding=padding)
-    assert surveyed({"x": layer}, lambda m, x: m["x"](x)).coverage.quantized[0].padding == expected
+    assert selection({"x": layer}, lambda m, x: m["x"](x)).coverage.quantized[0].padding == expected
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_an_even_kernel_with_padding_same_stays_float() -> None:
     layers = {"even": nn.Conv2d(4, 4, 2, padding="same"), "plain": nn.Conv2d(4, 4, 1)}
-    result = surveyed(layers, lambda m, x: m["plain"](m["even"](x)))
+    result = selection(layers, lambda m, x: m["plain"](m["even"](x)))
     assert [spec.name for spec in result.coverage.quantized] == ["layers.plain"]
     found = floats(result)["layers.even"]
     assert (found.reason, found.by_design) == ("padding 'same' of an even kernel", False)
@@ -259,7 +260,7 @@ def test_the_spec_says_everything_about_the_layer() -> None:
         m["conv2d"](x), m["conv1d"](x.flatten(2)), m["linear"](x.movedim(1, -1))
         return x
 
-    result = survey(source(Denoiser(layers, middle)), Bits(3, 6), "symmetric", [])
+    result = select_layers(source(Denoiser(layers, middle)), Bits(3, 6), "symmetric", [])
     conv, flat, linear = result.coverage.quantized
     assert (conv.name, conv.kind, conv.out_channels, conv.parts) == ("layers.conv2d", "conv2d", 8, (4,))
     assert (conv.kernel, conv.stride, conv.padding, conv.dilation) == ((3, 1), (2, 1), (1, 0), (1, 2))
@@ -272,14 +273,14 @@ def test_the_spec_says_everything_about_the_layer() -> None:
 
 def test_quantized_layers_are_listed_in_the_order_they_run() -> None:
     layers = {name: nn.Conv2d(4, 4, 1) for name in "abc"}
-    result = surveyed(layers, lambda m, x: m["b"](m["a"](m["c"](x))))
+    result = selection(layers, lambda m, x: m["b"](m["a"](m["c"](x))))
     assert [spec.name for spec in result.coverage.quantized] == ["layers.c", "layers.a", "layers.b"]
     assert [block.name for block in result.blocks] == ["layers.c", "layers.a", "layers.b"]
 
 
 def test_float_layers_are_listed_in_the_order_they_run_those_that_never_do_last() -> None:
     layers = {name: nn.Conv2d(4, 4, 1) for name in ("never", "twice", "asked", "plain")}
-    result = surveyed(layers, lambda m, x: m["plain"](m["twice"](m["twice"](m["asked"](x)))), "layers.asked")
+    result = selection(layers, lambda m, x: m["plain"](m["twice"](m["twice"](m["asked"](x)))), "layers.asked")
     assert list(floats(result)) == ["first", "layers.asked", "layers.twice", "last", "layers.never"]
 
 
@@ -307,7 +308,7 @@ class ResnetBlock2D(nn.Module):
 
 def test_layers_belong_to_the_outermost_block_above_them() -> None:
     layers = {"resnet": ResnetBlock2D(), "alone": nn.Conv2d(4, 4, 1), "attention": Attention()}
-    blocks = surveyed(layers, lambda m, x: m["attention"](m["alone"](m["resnet"](x)))).blocks
+    blocks = selection(layers, lambda m, x: m["attention"](m["alone"](m["resnet"](x)))).blocks
     assert [(block.name, len(block.layers)) for block in blocks] == [
         ("layers.resnet", 3),
         ("layers.alone", 1),
@@ -319,7 +320,7 @@ def test_a_model_that_does_not_run_on_its_own_shapes_is_an_error() -> None:
     network = Denoiser({"x": nn.Conv2d(4, 4, 1)}, lambda m, x: m["x"](x))
     wrong = SourceModel(network, "Custom", {"sample_size": 4, "in_channels": 3}, {}, "")
     with pytest.raises(ModelError, match=r"Custom does not run on inputs of the shapes in its config\.json"):
-        survey(wrong, W4A8, "asymmetric", [])
+        select_layers(wrong, W4A8, "asymmetric", [])
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
@@ -328,7 +329,7 @@ def test_a_gpu_that_is_full_is_not_the_configurations_fault() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        surveyed({"x": nn.Conv2d(4, 4, 1)}, fill)
+        selection({"x": nn.Conv2d(4, 4, 1)}, fill)
 
 
 def test_observing_leaves_no_hooks_behind(tiny: SourceModel) -> None:
@@ -339,11 +340,11 @@ def test_observing_leaves_no_hooks_behind(tiny: SourceModel) -> None:
     assert not any(module._forward_pre_hooks for module in tiny.network.modules())
 
 
-def test_queries_keys_and_values_are_siblings_and_nothing_else(tiny_model: Path) -> None:
-    surveyed = survey(load_model(tiny_model, torch.device("cpu")), Bits(4, 8), "asymmetric", ())
-    families = [[spec.name for spec in family] for family in surveyed.siblings]
+def test_queries_keys_and_values_share_an_input_and_nothing_else_does(tiny_model: Path) -> None:
+    selection = select_layers(load_model(tiny_model, torch.device("cpu")), Bits(4, 8), "asymmetric", ())
+    families = [[spec.name for spec in family] for family in selection.input_groups]
     assert sorted(name for family in families for name in family) == sorted(
-        spec.name for spec in surveyed.coverage.quantized
+        spec.name for spec in selection.coverage.quantized
     )
     together = [family for family in families if len(family) > 1]
     attentions = {name.rpartition(".")[0] for family in together for name in family}
@@ -373,9 +374,9 @@ class Shared(nn.Module):
         return (self.last(x),)
 
 
-def test_siblings_read_the_same_patches_of_the_same_tensor() -> None:
+def test_input_groups_read_the_same_patches_of_the_same_tensor() -> None:
     source = SourceModel(Shared(), "Shared", {"sample_size": 8, "in_channels": 1}, {}, "")
-    families = survey(source, Bits(4, 8), "asymmetric", ()).siblings
+    families = select_layers(source, Bits(4, 8), "asymmetric", ()).input_groups
     assert [[spec.name for spec in family] for family in families] == [
         ["a", "b"],
         ["narrow"],

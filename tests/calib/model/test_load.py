@@ -187,11 +187,11 @@ def test_weights_that_are_no_numbers_are_refused_by_name(pipeline: Path, number:
 def test_tensors_that_the_model_has_no_use_for_are_told(
     pipeline: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, told = pipeline / "unet" / WEIGHTS, []
+    path, notices = pipeline / "unet" / WEIGHTS, []
     save_file(load_file(path) | {"a": torch.zeros(2), "b": torch.zeros(2)}, path)
-    load_model(pipeline, CPU, tell=told.append)
+    load_model(pipeline, CPU, notice=notices.append)
     folder = pipeline / "unet"
-    assert told == [f"{folder} has weights that the UNet2DModel of its config.json has no place for: a and 1 more"]
+    assert notices == [f"{folder} has weights that the UNet2DModel of its config.json has no place for: a and 1 more"]
     assert capfd.readouterr() == ("", "")  # diffusers' own words are of no help
     assert caplog.text == ""
 

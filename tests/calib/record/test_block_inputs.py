@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import calib.record.block_inputs
-from calib.record.block_inputs import BlockCalls, CallRecorder, _recorded, call_bytes, split_blocks, whole_output
+from calib.record.block_inputs import BlockInputs, BlockRecorder, _recorded, block_bytes, split_blocks, whole_output
 from calib.record.trajectories import Trajectories
 
 SAMPLES = 5
@@ -60,8 +60,8 @@ def trajectories() -> Trajectories:
     return Trajectories(TIMESTEPS, inputs, inputs, {}, inputs[0])
 
 
-def recorder(network: nn.Module, trajectories: Trajectories, batch: int = 2, evaluations: int = 100) -> CallRecorder:
-    return CallRecorder(network, NAMES, trajectories, evaluations=evaluations, batch=batch)
+def recorder(network: nn.Module, trajectories: Trajectories, batch: int = 2, evaluations: int = 100) -> BlockRecorder:
+    return BlockRecorder(network, NAMES, trajectories, evaluations=evaluations, batch=batch)
 
 
 def expected(trajectories: Trajectories, samples: int = SAMPLES) -> dict[str, list[Tensor]]:
@@ -115,7 +115,7 @@ def test_blocks_that_do_not_fit_together_are_recorded_one_after_the_other(
 
 
 def recorder_sizes(network: nn.Module, trajectories: Trajectories) -> dict[str, int]:
-    return call_bytes(network, NAMES, lambda: network(trajectories.inputs[0, :1], TIMESTEPS[:1]))
+    return block_bytes(network, NAMES, lambda: network(trajectories.inputs[0, :1], TIMESTEPS[:1]))
 
 
 @pytest.mark.parametrize(("evaluations", "samples"), [(1, 1), (2, 1), (5, 2), (6, 3), (100, 5)])
@@ -149,7 +149,7 @@ def test_every_block_is_in_one_group_and_its_samples_depend_on_its_size_alone(
 
 def test_picked_rows_are_of_all_tensors() -> None:
     x = torch.arange(6.0).view(3, 2)
-    args, kwargs = BlockCalls((x, 7), {"y": -x, "z": None}, x).picked(torch.tensor([2, 0]))
+    args, kwargs = BlockInputs((x, 7), {"y": -x, "z": None}, x).picked(torch.tensor([2, 0]))
     assert args[1] == 7
     assert kwargs["z"] is None
     torch.testing.assert_close(args[0], x[[2, 0]])

@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from layers import conv2d, linear
 from torch import Tensor, nn
 
-from calib.model.layers import survey
+from calib.model.layers import select_layers
 from calib.model.load import SourceModel, load_model
 from calib.model.network import predict
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import (
     GROUP,
     Captures,
+    EvaluationIndex,
     LayerInputs,
-    Place,
     capture_bytes,
+    evaluate_recorded,
     groups_of,
     inputs_seen,
     patch_rows,
-    replay,
 )
-from calib.record.trajectories import SamplerSettings, Trajectories, extent_of, record_trajectories
+from calib.record.trajectories import SamplerSettings, Trajectories, record_trajectories, set_size
 from calib.record.work_folder import WorkFolder
 from dmq_export.bits import Bits
 from dmq_export.layer import LayerSpec
@@ -71,10 +71,10 @@ def captured_inputs(
     backwards: bool = False,
 ) -> dict[str, LayerInputs]:
     """All batches, one after the other or the other way round; the files' mappings outlive the files."""
-    extent = trajectories.extent
-    batches = [range(first, min(first + batch, extent.rows)) for first in range(0, extent.rows, batch)]
+    size = trajectories.size
+    batches = [range(first, min(first + batch, size.rows)) for first in range(0, size.rows, batch)]
     with tempfile.TemporaryDirectory() as folder:
-        captures = Captures(WorkFolder(Path(folder)), batches, extent.steps, specs, seed=seed)
+        captures = Captures(WorkFolder(Path(folder)), batches, size.steps, specs, seed=seed)
         for rows in reversed(batches) if backwards else batches:
             assert not captures.has(rows)
             captures.take(network, trajectories, rows)
@@ -98,7 +98,7 @@ def tiny(tiny_model: Path) -> SourceModel:
 def specs(tiny: SourceModel) -> list[LayerSpec]:
     """A convolution, a split shortcut and a linear layer."""
     names = ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv_shortcut", "mid_block.attentions.0.to_q")
-    found = {spec.name: spec for spec in survey(tiny, Bits(4, 8), "asymmetric", []).coverage.quantized}
+    found = {spec.name: spec for spec in select_layers(tiny, Bits(4, 8), "asymmetric", []).coverage.quantized}
     return [found[name] for name in names]
 
 
@@ -270,14 +270,14 @@ def test_patches_take_the_memory_that_was_said(count: int) -> None:
 
 
 def test_replay_visits_rows_at_all_steps() -> None:
-    visits: list[tuple[Place, list[int]]] = []
+    seen: list[tuple[EvaluationIndex, list[int]]] = []
     progress: list[int] = []
 
-    def note(x: Tensor, place: Place) -> None:
-        visits.append((place, (x[:, 0, 0].long() // 1000).tolist()))
+    def note(x: Tensor, index: EvaluationIndex) -> None:
+        seen.append((index, (x[:, 0, 0].long() // 1000).tolist()))
 
-    replay(Encoding(), numbered(GROUP + 3), range(5, 12), {"proj": note}, advance=progress.append)
-    assert visits == [(Place(5, step), list(range(5, 12))) for step in range(STEPS)]
+    evaluate_recorded(Encoding(), numbered(GROUP + 3), range(5, 12), {"proj": note}, advance=progress.append)
+    assert seen == [(EvaluationIndex(5, step), list(range(5, 12))) for step in range(STEPS)]
     assert sum(progress) == 7 * STEPS
 
 
@@ -287,22 +287,23 @@ def test_what_is_captured_while_trajectories_are_recorded_is_what_a_replay_of_th
 ) -> None:
     """To the bit; PNDM visits a timestep twice, and guidance evaluates two branches at once."""
     labels = torch.arange(3) % 3
-    told = Conditioning({"class_labels": labels}, {} if guidance is None else {"class_labels": torch.zeros(3).long()})
+    unconditional = {} if guidance is None else {"class_labels": torch.zeros(3).long()}
+    conditioning = Conditioning({"class_labels": labels}, unconditional)
     settings = SamplerSettings(scheduler, 4, guidance_scale=guidance)
-    extent = extent_of(tiny, settings, told, 3)
-    rows = range(extent.rows)
-    one, other = (Captures(WorkFolder(tmp_path / n), [rows], extent.steps, specs, seed=0) for n in ("one", "other"))
-    with one.recording(rows) as visits:
+    size = set_size(tiny, settings, conditioning, 3)
+    rows = range(size.rows)
+    one, other = (Captures(WorkFolder(tmp_path / n), [rows], size.steps, specs, seed=0) for n in ("one", "other"))
+    with one.recording(rows) as hooks:
         trajectories = record_trajectories(
             tiny,
             settings,
-            told,
+            conditioning,
             range(3),
             seed=0,
-            watch=lambda step: inputs_seen(tiny.network, visits, Place(0, step)),
+            step_context=lambda step: inputs_seen(tiny.network, hooks, EvaluationIndex(0, step)),
         )
-    assert trajectories.extent == extent
-    assert extent.rows == 3 * trajectories.branches == (3 if guidance is None else 6)
+    assert trajectories.size == size
+    assert size.rows == 3 * trajectories.branches == (3 if guidance is None else 6)
     other.take(tiny.network, trajectories, rows)
     for spec in specs:
         assert_same(one.load(spec), other.load(spec))
@@ -313,9 +314,9 @@ def test_no_hook_stays_on_the_network_even_if_a_visit_fails() -> None:
     captured_inputs(network, numbered(2), [linear(), conv2d()], seed=0)
     assert not any(module._forward_pre_hooks for module in network.modules())
 
-    def fail(x: Tensor, place: Place) -> None:
+    def fail(x: Tensor, index: EvaluationIndex) -> None:
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        replay(network, numbered(2), range(2), {"proj": fail})
+        evaluate_recorded(network, numbered(2), range(2), {"proj": fail})
     assert not any(module._forward_pre_hooks for module in network.modules())

@@ -7,10 +7,10 @@ import torch
 
 import calib.device
 import calib.run.time_estimate
-from calib.model.layers import Survey, survey
+from calib.model.layers import LayerSelection, select_layers
 from calib.model.load import SourceModel, load_model
 from calib.record.conditioning import recipe_conditioning
-from calib.run.memory_estimate import footprint
+from calib.run.memory_estimate import estimate_memory
 from calib.run.time_estimate import fit_seconds, stage_seconds
 from dmq_export.bundled import model_folder
 from dmq_export.layer import LayerSpec
@@ -27,8 +27,8 @@ def digits() -> SourceModel:
 
 
 @pytest.fixture(scope="module")
-def surveyed(digits: SourceModel) -> Survey:
-    return survey(digits, BALANCED.bits, BALANCED.scheme, ())
+def selection(digits: SourceModel) -> LayerSelection:
+    return select_layers(digits, BALANCED.bits, BALANCED.scheme, ())
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def surveyed(digits: SourceModel) -> Survey:
 )
 def test_the_bytes_of_the_bundled_model(
     digits: SourceModel,
-    surveyed: Survey,
+    selection: LayerSelection,
     recipe: Recipe,
     calls: int,
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calib.device, "current_memory", lambda: 10**9)
-    bytes_held = asdict(footprint(digits, surveyed, recipe, recipe_conditioning(digits, recipe, 1)))
+    bytes_held = asdict(estimate_memory(digits, selection, recipe, recipe_conditioning(digits, recipe, 1)))
     activations = bytes_held.pop("sample")  # depends on how diffusers cuts the network into modules
     assert activations == pytest.approx(788_352, rel=0.1)
     assert bytes_held == {
@@ -72,7 +72,7 @@ def test_the_bytes_of_the_bundled_model(
 )
 def test_the_seconds_of_the_bundled_model(
     digits: SourceModel,
-    surveyed: Survey,
+    selection: LayerSelection,
     recipe: Recipe,
     fits: float,
     stages: dict[str, float],
@@ -82,7 +82,7 @@ def test_the_seconds_of_the_bundled_model(
         return 1e-6 * spec.weight_count + 1e-3, 1e-5 * spec.weight_count + 1e-2
 
     monkeypatch.setattr(calib.run.time_estimate, "_probe", probe)
-    specs = surveyed.coverage.quantized
+    specs = selection.coverage.quantized
     seconds = fit_seconds(digits, specs, recipe)
     assert sum(seconds) == pytest.approx(fits, rel=1e-9)
     by_stage = stage_seconds(0.01, recipe.samples, recipe, 2, len(specs), 3.0, sum(seconds))

@@ -11,7 +11,7 @@ import torch
 from models import TINY_RECIPE
 
 from calib.fit.layer import LayerWeights, fit_key, load_fit
-from calib.model.layers import survey
+from calib.model.layers import select_layers
 from calib.model.load import load_model
 from calib.quant.patches import weight_of
 from calib.record.conditioning import Conditioning
@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tasks(tiny_model: Path, tmp_path: Path) -> list[FitTask]:
     source = load_model(tiny_model, CPU)
-    told = Conditioning({"class_labels": torch.zeros(2, dtype=torch.int64)}, {})
-    trajectories = record_trajectories(source, SamplerSettings(steps=2), told, range(2), seed=0)
-    specs = survey(source, Bits(4, 8), "asymmetric", ()).coverage.quantized[:3]
+    conditioning = Conditioning({"class_labels": torch.zeros(2, dtype=torch.int64)}, {})
+    trajectories = record_trajectories(source, SamplerSettings(steps=2), conditioning, range(2), seed=0)
+    specs = select_layers(source, Bits(4, 8), "asymmetric", ()).coverage.quantized[:3]
     work = WorkFolder(tmp_path)
-    captures = Captures(work, [range(2)], trajectories.extent.steps, specs, seed=0)
+    captures = Captures(work, [range(2)], trajectories.size.steps, specs, seed=0)
     captures.take(source.network, trajectories, range(2))
     layers = [LayerWeights(spec, weight_of(source.network.get_submodule(spec.name)), None) for spec in specs]
     return [FitTask((layer,), captures, TINY_RECIPE, work, CPU) for layer in layers]
