@@ -1,6 +1,6 @@
 """What NVIDIA's compiler makes of every family's export: family x recipe x type x batch.
 
-    python bench/rtx_exports.py                                    # all 288; most of two hours on two cores
+    python bench/rtx_exports.py                                    # all 288; XX minutes on two cores
     python bench/rtx_exports.py --families sd flux --types float16 # some of them
     python bench/rtx_exports.py --every-case-once                  # what the tests run: 18
 
@@ -18,18 +18,26 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import onnx_ir as ir
 from networks import FAMILIES, save_network
 
+from calib.model.trace import trace_network
+from dmq_export.batch import Batch
+from dmq_export.checkpoint import Checkpoint, load_checkpoint
 from dmq_export.cli import main as dmq_export
 from dmq_export.commands.trt_build import integer_nodes
+from dmq_export.commands.verification import verify as verify_graph
+from dmq_export.export import lower_graph, save_onnx
 from dmq_export.onnx_file import input_sizes, load_onnx
+from dmq_export.progress import Progress
 from dmq_export.table import table
+from dmq_export.target import FloatType
 from engines.tensorrt.compiler import Refusal, Request, compile_onnx
 from engines.tensorrt.profile import ShapeRange
 
@@ -50,7 +58,7 @@ class Recipe:
 class Form:
     """How it is exported."""
 
-    dtype: str = "float16"
+    dtype: FloatType = "float16"
     batch: str = "fixed"
 
 
@@ -83,7 +91,7 @@ RECIPES = [
     Recipe(*choice)
     for choice in itertools.product(("w4a8", "w4a6"), ("per-step", "static"), ("asymmetric", "symmetric"))
 ]
-FORMS = [Form(*choice) for choice in itertools.product(("float16", "float32"), BATCHES)]
+FORMS = [Form(dtype, batch) for dtype in get_args(FloatType) for batch in BATCHES]
 # each family, each recipe and each form at least once, each recipe in both types and with both batches
 CASES = {
     family: (recipe, (FORMS[0], FORMS[3]) if number % 2 else (FORMS[1], FORMS[2]))
@@ -95,26 +103,30 @@ def rows(family: str, recipes: Iterable[Recipe], forms: Iterable[Form], *, verif
     """Calibrate, export and compile; ``verify`` proves each export's numbers too.
 
     Raises:
-        DmqError: a command fails.
+        DmqError: the model cannot be calibrated or exported, or an export differs from its checkpoint.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = save_network(family, folder / "model")
-        for recipe, form in itertools.product(recipes, forms):
-            checkpoint, onnx = folder / "-".join(astuple(recipe)), folder / "model.onnx"
-            if not checkpoint.exists():
-                options = [*QUICK, "--bits", recipe.bits]
-                options += ["--activation-scales", recipe.scales, "--activation-scheme", recipe.scheme]
-                _command("calibrate", *model, "-o", str(checkpoint), *options)
-            options = ["--target", "tensorrt", "--dtype", form.dtype, "--verify" if verify else "--no-verify"]
-            options += ["--batch", ":".join(map(str, BATCHES[form.batch]))]
-            _command("onnx", str(checkpoint), "-o", str(onnx), *options)
-            yield _row(family, recipe, form, onnx)
+        arguments = save_network(family, folder / "model")
+        traced: ir.Model | None = None
+        for recipe in recipes:
+            checkpoint = _calibrated(arguments, recipe, folder / "-".join(astuple(recipe)))
+            # no recipe changes the network: tracing it takes longer than all the rest
+            traced = traced or trace_network(checkpoint)
+            for form in forms:
+                graph = lower_graph(traced.clone(), checkpoint, "tensorrt", form.dtype, Batch(*BATCHES[form.batch]))
+                if verify:
+                    verify_graph(graph, checkpoint, Progress(show=False))
+                save_onnx(graph.model, folder / "model.onnx")
+                yield _row(family, recipe, form, folder / "model.onnx")
 
 
-def _command(*arguments: str) -> None:
+def _calibrated(arguments: Sequence[str], recipe: Recipe, folder: Path) -> Checkpoint:
+    choice = ["--bits", recipe.bits, "--activation-scales", recipe.scales, "--activation-scheme", recipe.scheme]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        dmq_export.main(args=list(arguments), standalone_mode=False)
+        command = ["calibrate", *arguments, "-o", str(folder), *QUICK, *choice]
+        dmq_export.main(args=command, standalone_mode=False)
+    return load_checkpoint(folder)
 
 
 def _row(family: str, recipe: Recipe, form: Form, onnx: Path) -> Row:
