@@ -20,10 +20,11 @@ from calib.model.load import SourceModel, load_model
 from calib.model.network import float_tensors
 from calib.model.schedulers import build_scheduler, step_options
 from calib.record.work_folder import WorkFolder, open_work, require_work, started_with
+from calib.run import stages
+from calib.run.context import RunContext
 from calib.run.evaluate import probe_of
 from calib.run.plan import CalibrationPlan, Resources, make_plan
 from calib.run.processes import ProcessGroup, process_group
-from calib.run.stages import Stages
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
 from dmq_export.errors import ModelError
@@ -68,15 +69,15 @@ def calibrate(
         with _shared_work(folder, _fingerprint(source, recipe, plan, resources), processes, fresh=fresh) as work:
             if processes.leads:
                 require_place(output, replace_existing=fresh)  # or another process has written it meanwhile
-            stages = Stages(source, selection, recipe, plan, resources.device, progress, work, processes)
-            checkpoint = _checkpoint(stages)
+            run = RunContext(source, selection, recipe, plan, resources.device, progress, work, processes)
+            checkpoint = _checkpoint(run)
             processes.wait()  # until all have read what is about to be deleted
-            run = _run_facts(progress, plan)
+            facts = _run_facts(progress, plan)
             if processes.leads:
-                save_checkpoint(checkpoint, output, run=run, replace_existing=fresh)
+                save_checkpoint(checkpoint, output, run=facts, replace_existing=fresh)
                 shutil.rmtree(folder)
             processes.wait()
-        progress.note("done", checkpoint=str(output), **run)
+        progress.note("done", checkpoint=str(output), **facts)
         return checkpoint
 
 
@@ -115,7 +116,8 @@ def calibrated(
     with tempfile.TemporaryDirectory() as folder, reproducible(resources.device, resources.memory):
         plan = make_plan(source, selection, recipe, resources, Path(folder))
         work = WorkFolder(Path(folder))
-        return _checkpoint(Stages(source, selection, recipe, plan, resources.device, progress, work, ProcessGroup()))
+        run = RunContext(source, selection, recipe, plan, resources.device, progress, work, ProcessGroup())
+        return _checkpoint(run)
 
 
 def work_folder(output: Path) -> Path:
@@ -186,25 +188,25 @@ def _tell_of_kernel(device: torch.device, progress: Progress) -> None:
         progress.tell(f"rounding goes without its kernel, which takes minutes more: {reason}")
 
 
-def _checkpoint(stages: Stages) -> Checkpoint:
-    """Run every stage and put their results together."""
-    source, recipe = stages.source, stages.recipe
-    calibration = stages.record("trajectories", recipe.samples)
-    stages, fits = stages.widen(stages.fit(calibration), calibration)
-    layers = stages.round_blocks([fit.layer for fit in fits], calibration)
-    layers, votes = stages.vote(layers, calibration)
-    held_out = stages.record("held-out trajectories", recipe.check_samples, held_out=True)
+def _checkpoint(run: RunContext) -> Checkpoint:
+    """Go through every stage and put their results together."""
+    source, recipe = run.source, run.recipe
+    calibration = stages.record(run, "trajectories", recipe.samples)
+    fits = stages.widen(run, stages.fit_layers(run, calibration), calibration)
+    layers = stages.round_blocks(run, [fit.layer for fit in fits], calibration)
+    layers, votes = stages.vote(run, layers, calibration)
+    held_out = stages.record(run, "held-out trajectories", recipe.check_samples, held_out=True)
     quantized_names = {layer.spec.name for layer in layers}
     return Checkpoint(
         model=_model_facts(source, recipe),
         recipe=recipe.to_json(),
         timesteps=calibration.timesteps.numpy(),
         layers=tuple(layers),
-        float_layers=stages.selection.coverage.float_layers,
+        float_layers=run.selection.coverage.float_layers,
         float_tensors=float_tensors(source.network, quantized_names),
         probe=probe_of(held_out),
         metrics={
-            "prediction_sqnr_db": stages.check(layers, held_out),
+            "prediction_sqnr_db": stages.evaluate(run, layers, held_out),
             "layers": {fit.layer.spec.name: fit.report | votes.get(fit.layer.spec.name, {}) for fit in fits},
         },
         versions=_versions(),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import calib.calibrate
 import calib.fit.column_rounding
+import calib.run.stages
 from calib.calibrate import calibrate, planned
 from calib.fit.cuda_graph import CudaGraph
 from calib.fit.gptq import gptq_codes
@@ -30,7 +31,6 @@ from calib.fit.les import LesSettings, fit_les
 from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
 from calib.run.plan import Resources
-from calib.run.stages import Stages
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
@@ -70,7 +70,7 @@ def test_the_same_bytes_every_time_and_after_a_stop(tmp_path: Path, monkeypatch:
     model = save_tiny_model(tmp_path / "model")
     run(model, tmp_path / "first", EVERY_STAGE)
     with monkeypatch.context() as now:
-        now.setattr(Stages, "vote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        now.setattr(calib.run.stages, "vote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "again", EVERY_STAGE)
     run(model, tmp_path / "again", EVERY_STAGE)
