@@ -17,19 +17,14 @@ from dmq_export.form import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 
-class StepIndex:
-    """The row of the per-step tables that all reference layers of a model use now."""
-
-    def __init__(self) -> None:
-        self.row = 0
-
-
 class FakeQuantizedLayer(nn.Module):
     """One quantized layer, exactly as ``docs/arithmetic.md`` defines it, in float32.
 
+    Attributes:
+        row: of its per-step tables, for the evaluations to come.
+
     Args:
         layer: the fitted numbers.
-        index: which row of its tables to use.
         weights: False keeps the float ``weight``, to see what the activations alone cost.
         activations: False keeps the float input, to see what the weights alone cost.
         weight: ``W``, needed only without ``weights``.
@@ -46,7 +41,6 @@ class FakeQuantizedLayer(nn.Module):
     def __init__(
         self,
         layer: QuantizedLayer,
-        index: StepIndex,
         *,
         weights: bool = True,
         activations: bool = True,
@@ -55,7 +49,7 @@ class FakeQuantizedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = layer.spec
-        self.index = index
+        self.row = 0
         self.activations = activations
         tau = torch.from_numpy(layer.tau)
         self.register_buffer("tau", tau)
@@ -88,7 +82,7 @@ class FakeQuantizedLayer(nn.Module):
 
     def _qparams(self, rank: int) -> QParams:
         """``s_t * 2^-k`` and ``z_t`` of the current step, per channel."""
-        row = self.index.row if len(self.scale) > 1 else 0
+        row = self.row if len(self.scale) > 1 else 0
         scale = self._along_channels(self.scale[row] * self.shift_scale, rank)
         return QParams(scale, self._along_channels(self.zero_point[row], rank))
 
@@ -135,41 +129,41 @@ class _ScaledWeight(nn.Module):
 
 
 class FakeQuantizedModel:
-    """A network whose reference layers follow the timestep it is evaluated at.
+    """A network whose fake-quantized layers follow the timestep it is evaluated at.
 
     Args:
         network: with :class:`FakeQuantizedLayer` modules in place.
-        index: theirs.
-        timesteps: the calibrated timesteps ``[T]``; another one uses the row of the nearest.
+        timesteps: the calibrated timesteps ``[T]``.
     """
 
-    def __init__(self, network: nn.Module, index: StepIndex, timesteps: Tensor) -> None:
+    def __init__(self, network: nn.Module, timesteps: Tensor) -> None:
         self.network = network
-        self.index = index
         self.timesteps = timesteps
-
-    @property
-    def layers(self) -> list[FakeQuantizedLayer]:
-        return [module for module in self.network.modules() if isinstance(module, FakeQuantizedLayer)]
+        self.layers = [module for module in network.modules() if isinstance(module, FakeQuantizedLayer)]
 
     def __call__(self, sample: Tensor, timestep: Any, **conditioning: Tensor) -> Tensor:
         """One evaluation: ``sample [N, ...]`` at one ``timestep`` to the prediction ``[N, ...]``."""
         t = torch.as_tensor(timestep)
-        self.index.row = int((self.timesteps - float(t)).abs().argmin())
+        row = self.row_of(float(t))
+        for layer in self.layers:
+            layer.row = row
         with torch.no_grad():
             return predict(self.network, sample, t.to(sample.device), conditioning)
 
+    def row_of(self, timestep: float) -> int:
+        """The row of the per-step tables for ``timestep``: that of the nearest calibrated one."""
+        return int((self.timesteps - timestep).abs().argmin())
+
 
 def load_fake_quantized(checkpoint: Checkpoint, device: torch.device) -> FakeQuantizedModel:
-    """The reference rebuilt from a checkpoint alone.
+    """The fake-quantized model rebuilt from a checkpoint alone.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not make up the network.
     """
-    index = StepIndex()
-    layers = {layer.spec.name: FakeQuantizedLayer(layer, index) for layer in checkpoint.layers}
+    layers = {layer.spec.name: FakeQuantizedLayer(layer) for layer in checkpoint.layers}
     network = build_network(checkpoint, layers).to(device)
-    return FakeQuantizedModel(network, index, torch.from_numpy(checkpoint.timesteps))
+    return FakeQuantizedModel(network, torch.from_numpy(checkpoint.timesteps))
 
 
 @contextmanager
@@ -181,13 +175,11 @@ def quantized(
     weights: bool = True,
     activations: bool = True,
 ) -> Iterator[FakeQuantizedModel]:
-    """While the block runs, the float ``network`` has reference layers in place of those in ``layers``."""
-    index = StepIndex()
+    """While the block runs, the float ``network`` has fake-quantized layers in place of those in ``layers``."""
     device = next(network.parameters()).device
     modules: Mapping[str, nn.Module] = {
         layer.spec.name: FakeQuantizedLayer(
             layer,
-            index,
             weights=weights,
             activations=activations,
             weight=network.get_submodule(layer.spec.name).get_parameter("weight"),
@@ -197,7 +189,7 @@ def quantized(
     }
     originals = replace_modules(network, modules)
     try:
-        yield FakeQuantizedModel(network, index, timesteps)
+        yield FakeQuantizedModel(network, timesteps)
     finally:
         replace_modules(network, originals)
 

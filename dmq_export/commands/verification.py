@@ -161,7 +161,7 @@ def _check_layers(
     from dmq_export.marker import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
-    row, forms = reference.index.row, graph.forms
+    row, forms = reference.row_of(float(checkpoint.probe.timesteps[step])), graph.forms
     precision = PRECISIONS[graph.dtype]
     outputs = executor.pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
     said = cut_outputs(forms, outputs, row)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from calib.model.fake_quantized import (
     FakeQuantizedLayer,
     FakeQuantizedModel,
-    StepIndex,
     load_fake_quantized,
     perturbed,
     quantized,
@@ -28,10 +27,10 @@ from dmq_export.layer import LayerSpec, QuantizedLayer
 TIMESTEPS = torch.tensor([900.0, 500.0, 100.0])
 
 
-def at_row(row: int) -> StepIndex:
-    index = StepIndex()
-    index.row = row
-    return index
+def at_row(layer: QuantizedLayer, row: int) -> FakeQuantizedLayer:
+    module = FakeQuantizedLayer(layer)
+    module.row = row
+    return module
 
 
 def run(module: FakeQuantizedLayer, x: np.ndarray) -> np.ndarray:
@@ -45,7 +44,7 @@ def assert_close(output: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_layer_equal(layer: QuantizedLayer, x: np.ndarray, row: int) -> None:
-    module = FakeQuantizedLayer(layer, at_row(row))
+    module = at_row(layer, row)
     codes = module.codes(torch.from_numpy(x)).numpy()
     expected = quantize_input(layer, x, row)
     assert np.array_equal(codes, codes.astype(np.uint8))
@@ -79,7 +78,7 @@ def test_any_layer_equals_the_oracle(spec: LayerSpec, steps: int, seed: int, bia
 def test_a_static_layer_is_the_same_at_every_step() -> None:
     layer = random_layer(conv2d())
     x = random_input(layer.spec)
-    assert np.array_equal(run(FakeQuantizedLayer(layer, at_row(2)), x), run(FakeQuantizedLayer(layer, at_row(0)), x))
+    assert np.array_equal(run(at_row(layer, 2), x), run(at_row(layer, 0), x))
 
 
 def float_weight(spec: LayerSpec) -> np.ndarray:
@@ -92,14 +91,14 @@ def test_float_activations_leave_only_the_weights_error(name: str) -> None:
     spec, x = layer.spec, random_input(layer.spec)
     scaled = x / along(layer.tau.astype(np.float64), x.ndim, spec.channel_axis)
     expected = add_bias(layer, operate(spec, scaled, dequantize_weight(layer)))
-    assert_close(run(FakeQuantizedLayer(layer, StepIndex(), activations=False), x), expected)
+    assert_close(run(FakeQuantizedLayer(layer, activations=False), x), expected)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_float_weights_leave_only_the_activations_error(name: str) -> None:
     layer = random_layer(SPECS[name])
     spec, x, weight = layer.spec, random_input(layer.spec), float_weight(layer.spec)
-    module = FakeQuantizedLayer(layer, StepIndex(), weights=False, weight=torch.from_numpy(weight))
+    module = FakeQuantizedLayer(layer, weights=False, weight=torch.from_numpy(weight))
     codes = module.codes(torch.from_numpy(x)).numpy().astype(np.int64)
     # tau multiplies the activation instead of the weight, so that the oracle needs no columns of groups
     tau = along(layer.tau.astype(np.float64), x.ndim, spec.channel_axis)
@@ -111,14 +110,14 @@ def test_float_weights_and_activations_are_the_float_layer(name: str) -> None:
     layer = random_layer(SPECS[name])
     x, weight = random_input(layer.spec), float_weight(layer.spec)
     module = FakeQuantizedLayer(
-        layer, StepIndex(), weights=False, activations=False, weight=torch.from_numpy(weight).requires_grad_()
+        layer, weights=False, activations=False, weight=torch.from_numpy(weight).requires_grad_()
     )
     assert_close(run(module, x), add_bias(layer, operate(layer.spec, x.astype(np.float64), weight)))
 
 
 def test_float_weights_must_be_given() -> None:
     with pytest.raises(ValueError, match="layer conv: the float weight is needed"):
-        FakeQuantizedLayer(random_layer(conv2d()), StepIndex(), weights=False)
+        FakeQuantizedLayer(random_layer(conv2d()), weights=False)
 
 
 class TwoLayers(nn.Module):
@@ -149,7 +148,7 @@ def test_the_row_is_that_of_the_nearest_timestep_the_first_of_two(timestep: floa
     x = random_input(layers[0].spec, size=3)
     with quantized(TwoLayers(), layers, TIMESTEPS) as reference:
         output = reference(torch.from_numpy(x), torch.tensor(timestep)).numpy()
-        assert reference.index.row == row
+        assert reference.row_of(timestep) == row
         values, _ = record(reference, torch.from_numpy(x), timestep, {})
     hidden = dequantize_input(layers[1], values["proj"].codes.astype(np.int64), row)
     assert_close(output, operate(layers[1].spec, hidden, dequantize_weight(layers[1])))
@@ -273,8 +272,6 @@ def test_weights_made_for_every_evaluation_are_those_that_are_kept(name: str, we
     layer = random_layer(SPECS[name])
     x = torch.from_numpy(random_input(layer.spec))
     weight = torch.randn(layer.spec.weight_shape, generator=torch.Generator().manual_seed(0))
-    kept, made = (
-        FakeQuantizedLayer(layer, StepIndex(), weights=weights, weight=weight, keep=keep) for keep in (True, False)
-    )
+    kept, made = (FakeQuantizedLayer(layer, weights=weights, weight=weight, keep=keep) for keep in (True, False))
     assert made.weight is None
     assert torch.equal(made(x), kept(x))
