@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calib.device import FLOAT_BYTES
 from calib.model.layers import Block
 from calib.model.network import replace_modules
 from calib.quant.fake_quant import QParams
@@ -140,3 +141,21 @@ def _regularizer(layers: Iterable[SoftLayer], progress: float) -> Tensor:
 
 def _on(device: torch.device, values: Any) -> Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(device)
+
+
+def adaround_evaluations(iterations: int) -> float:
+    """How many samples the network could evaluate while all its blocks are fitted.
+
+    Every iteration runs one block forth and back, some evaluations at a time; all blocks make up the network.
+    """
+    return BATCH * iterations * 3
+
+
+def adaround_bytes(outputs: int, weights: int) -> int:
+    """Memory of fitting a block: its modules' outputs, kept for the gradients, and copies of its weights.
+
+    Args:
+        outputs: bytes that the block's modules put out in one evaluation.
+        weights: how many it has, in quantized layers.
+    """
+    return 2 * BATCH * outputs + 12 * FLOAT_BYTES * weights

@@ -9,14 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calib.device import FLOAT_BYTES
 from calib.fit.activation_range import activation_range, clip_range, quantized_patches
-from calib.fit.les import LesResult, LesSettings, fit_les
-from calib.fit.rounding import learned_gain, round_weight
-from calib.fit.weight_range import grid_qparams, minmax_qparams
+from calib.fit.les import LesResult, LesSettings, fit_les, les_bytes
+from calib.fit.rounding import learned_gain, round_weight, rounding_bytes, rounding_nanoseconds
+from calib.fit.weight_range import grid_nanoseconds, grid_qparams, minmax_qparams
 from calib.metrics import decibels
 from calib.quant.fake_quant import QParams, choose_qparams
 from calib.quant.patches import dequantized_weight, product, scaled_weight, weight_matrix
-from calib.record.layer_inputs import LayerInputs
+from calib.record.layer_inputs import LayerInputs, capture_bytes, columns_of, patch_rows
 from calib.record.work_folder import WorkFolder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.recipe import Recipe
@@ -156,3 +157,15 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 def _integers(values: Tensor) -> NDArray[np.uint8]:
     return values.detach().cpu().numpy().astype(np.uint8)
+
+
+def fit_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
+    """Time of a fit besides equivalent scaling, on the core that this was measured on; only the proportions count."""
+    evaluated = min(EVALUATED_NUMBERS, columns_of(spec) * spec.groups * patch_rows(spec))
+    return (10 + 55 * clip) * evaluated + grid_nanoseconds(spec) + rounding_nanoseconds(spec)
+
+
+def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
+    """Memory of a fit: the patches of ``evaluations`` (samples times steps), and the most demanding of its steps."""
+    steps = (rounding_bytes(spec), les_bytes(spec, recipe.les_batch), 5 * FLOAT_BYTES * EVALUATED_NUMBERS)
+    return capture_bytes(spec, evaluations) + max(steps)

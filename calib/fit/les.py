@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from calib.device import FLOAT_BYTES
 from calib.fit.activation_range import activation_range, quantized_patches
 from calib.fit.cuda_graph import CudaGraph
 from calib.fit.weight_range import minmax_qparams
 from calib.fit.weighting import TimestepWeights
 from calib.quant.fake_quant import QParams, choose_qparams, fake_quantize
 from calib.quant.patches import product, tau_columns, weight_columns, weight_matrix
-from calib.record.layer_inputs import LayerInputs
+from calib.record.layer_inputs import LayerInputs, columns_of
 from dmq_export.layer import LayerSpec
 
 LES_OUTPUTS = 128  # output channels that an iteration looks at
@@ -136,3 +137,13 @@ def _row_losses(
     weight_error = fake_quantize(scaled, columns, spec.bits.weight) - scaled
     activation_loss = product(spec, rounded - x, scaled).square().mean(1)
     return activation_loss + rounding_gain * product(spec, x, weight_error).square().mean(1)
+
+
+def les_numbers(spec: LayerSpec, batch: int) -> int:
+    """What an iteration goes through and takes time in proportion to: numbers of patches and of weights."""
+    return columns_of(spec) * (spec.groups * batch + min(spec.out_channels, LES_OUTPUTS))
+
+
+def les_bytes(spec: LayerSpec, batch: int) -> int:
+    """Memory of an iteration: some of the patches and of the weights, what is made of these, and gradients."""
+    return FLOAT_BYTES * 14 * columns_of(spec) * (batch + min(spec.out_channels, LES_OUTPUTS))

@@ -62,3 +62,8 @@ def most_sensitive(
             chosen.append(group)
             room -= sizes[group]
     return tuple(group for group in groups if group in chosen)
+
+
+def sensitivity_evaluations(layers: int, steps: int) -> float:
+    """How many samples the float network could evaluate while :func:`prediction_error` judges as many layers."""
+    return layers * SAMPLES * min(STEPS, steps) * 1.3

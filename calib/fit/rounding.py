@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from calib.fit.gptq import compensation, gptq_codes
+from calib.device import FLOAT_BYTES
+from calib.fit.gptq import compensation, gptq_codes, gptq_nanoseconds
 from calib.fit.weight_range import minmax_qparams
 from calib.quant.fake_quant import QParams, dequantize, quantize
 from calib.quant.patches import weight_columns, weight_matrix
 from calib.quant.second_moments import SecondMoments
+from calib.record.layer_inputs import columns_of, patch_rows
 from dmq_export.layer import LayerSpec
 
 CHUNK = 3456  # 384 channels of a 3x3 convolution: moments of 46 MiB
@@ -104,3 +106,23 @@ def _quadratic(weight: Tensor, codes: Tensor, qparams: QParams, moments: Tensor)
     """``|| (W - W^) X ||^2`` of weights ``[O, n]``, from ``X X^T [n, n]``."""
     lost = weight - dequantize(codes, qparams)
     return float((lost @ moments * lost).sum())
+
+
+def rounding_nanoseconds(spec: LayerSpec) -> float:
+    """Time of learned rounding and of its gain: the second moments, then each group, some of them twice."""
+    columns, groups, outputs = columns_of(spec), spec.groups, spec.out_channels // spec.groups
+    chunk = min(columns, CHUNK)
+    return (
+        0.025 * groups * patch_rows(spec) * columns * chunk / 2
+        + groups * gptq_nanoseconds(columns, outputs, chunk)
+        + min(groups, GAIN_GROUPS) * gptq_nanoseconds(columns, min(outputs, GAIN_OUTPUTS), chunk)
+    )
+
+
+def rounding_bytes(spec: LayerSpec) -> int:
+    """Memory of learned rounding: a chunk's moments with their factors or its patches, outputs, weights."""
+    columns, rows = columns_of(spec), patch_rows(spec)
+    chunk = min(columns, CHUNK)
+    weights, outputs = spec.out_channels * (5 * columns + 12 * chunk), 2 * rows * spec.out_channels
+    # the chunk's patches are gone when its moments are factored
+    return FLOAT_BYTES * (max(6 * chunk**2, 2 * chunk**2 + 2 * rows * chunk) + outputs + weights)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from calib.quant.fake_quant import QParams, Range, choose_qparams, fake_quantize
 from calib.quant.patches import split_parts, weight_matrix
+from calib.record.layer_inputs import columns_of
 from dmq_export.layer import LayerSpec
 
 CANDIDATES = 80
@@ -73,3 +74,10 @@ def _row_errors(part: Tensor, qparams: QParams, bits: int) -> Tensor:
     """``[O]`` of a part ``[O, C, K]`` under scales and zero points ``[O]``."""
     of_rows = QParams(*(values[:, None, None] for values in qparams))
     return (fake_quantize(part, of_rows, bits) - part).abs().pow(ERROR_EXPONENT).sum((1, 2))
+
+
+def grid_nanoseconds(spec: LayerSpec) -> float:
+    """Time of :func:`grid_qparams`, on the core that :func:`calib.fit.layer.fit_nanoseconds` was measured on."""
+    columns = columns_of(spec)
+    candidates = CANDIDATES * min(columns, COARSE_COLUMNS) + (2 * NEAR + 1) * max(columns - COARSE_COLUMNS, 0)
+    return 5 * spec.out_channels * candidates

@@ -123,6 +123,12 @@ def split_blocks(sizes: Mapping[str, int], steps: int, samples: int, evaluations
     return groups
 
 
+def recorded_bytes(sizes: Mapping[str, int], steps: int, samples: int, evaluations: int) -> int:
+    """The most that is held at once of blocks that are recorded as :func:`split_blocks` says."""
+    groups = split_blocks(sizes, steps, samples, evaluations)
+    return max(sum(sizes[name] * steps * count for name, count in group.items()) for group in groups)
+
+
 def whole_output(output: Any) -> Tensor:
     """All that a block passes on; the streams of text and picture of a joint block end to end, ``[N, L + S, D]``."""
     if isinstance(output, Tensor):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from calib.device import FLOAT_BYTES
 from calib.model.hooks import hooked
 from calib.model.network import predict
 from calib.quant.patches import draw_positions, take_patches
@@ -125,7 +126,7 @@ def patches_per_sample(spec: LayerSpec, evaluations: int) -> int:
 
 def capture_bytes(spec: LayerSpec, evaluations: int) -> int:
     """Size of the file of a layer's patches; ``evaluations`` is samples times steps."""
-    return 4 * evaluations * patches_per_sample(spec, evaluations) * spec.in_channels * math.prod(spec.kernel)
+    return FLOAT_BYTES * evaluations * patches_per_sample(spec, evaluations) * spec.in_channels * math.prod(spec.kernel)
 
 
 class Captures:

@@ -5,6 +5,7 @@ it for each step, as the method's published code does, takes ``T (T + 1) / 2``.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.device import FLOAT_BYTES
 from calib.model.load import SourceModel
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler, step_options
@@ -224,3 +226,8 @@ class _Recorder:
             conditioning=self._conditioning,
             samples=samples.cpu(),
         )
+
+
+def trajectory_bytes(sample_shape: Sequence[int], size: SetSize) -> int:
+    """Memory of recorded trajectories: their inputs and predictions."""
+    return 2 * FLOAT_BYTES * size.evaluations * math.prod(sample_shape)

@@ -1,6 +1,5 @@
 """Bytes a calibration holds, computed from the layers' shapes and one evaluation of the model."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,23 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.device import memory_held
-from calib.fit.adaround import BATCH
-from calib.fit.layer import EVALUATED_NUMBERS
-from calib.fit.les import LES_OUTPUTS
-from calib.fit.rounding import CHUNK
+from calib.device import FLOAT_BYTES, memory_held
+from calib.fit.adaround import adaround_bytes
+from calib.fit.layer import fit_bytes
 from calib.model.hooks import hooked
 from calib.model.layers import LayerSelection
 from calib.model.load import SourceModel
 from calib.model.network import predict
-from calib.record.block_inputs import block_bytes, split_blocks
+from calib.record.block_inputs import block_bytes, recorded_bytes
 from calib.record.conditioning import Conditioning
-from calib.record.layer_inputs import capture_bytes, columns_of, patch_rows
 from calib.record.row_writer import MOST_WAITING
-from dmq_export.layer import LayerSpec
+from calib.record.trajectories import SetSize, trajectory_bytes
 from dmq_export.recipe import Recipe
 
-FLOAT = 4
 WORKER_BYTES = 400 * 2**20  # a process that has imported PyTorch
 
 
@@ -76,11 +71,13 @@ def estimate_memory(
     evaluations = recipe.samples * branches * recipe.steps
     # before asking what the process holds: it does more afterwards
     sample = branches * activation_bytes(source, conditioning)
-    calls, block = rounding_bytes(source, selection, recipe, conditioning) if recipe.rounding == "adaround" else (0, 0)
+    calls, block = _block_rounding(source, selection, recipe, conditioning) if recipe.rounding == "adaround" else (0, 0)
     on_gpu = device.type == "cuda"
+    both_sets = SetSize((recipe.samples + recipe.check_samples) * branches, recipe.steps)
+    trajectories = trajectory_bytes(source.sample_shape, both_sets)
     return MemoryEstimate(
-        fixed=memory_held(device) + (0 if on_gpu else _trajectory_bytes(source, recipe, branches)),
-        check=sum(sizes) + 3 * FLOAT * max(sizes),  # a code takes a byte
+        fixed=memory_held(device) + (0 if on_gpu else trajectories),
+        check=sum(sizes) + 3 * FLOAT_BYTES * max(sizes),  # a code takes a byte
         waiting=MOST_WAITING if on_gpu else 0,
         sample=sample,
         fit=max(fit_bytes(spec, recipe, evaluations) for spec in specs),
@@ -89,34 +86,19 @@ def estimate_memory(
     )
 
 
-def fit_bytes(spec: LayerSpec, recipe: Recipe, evaluations: int) -> int:
-    """Memory that fitting a layer takes: its patches, second moments and their factors, the weights' gradients."""
-    columns = columns_of(spec)
-    chunk = min(columns, CHUNK)
-    patches = capture_bytes(spec, evaluations)
-    weights, outputs = spec.out_channels * (5 * columns + 12 * chunk), 2 * patch_rows(spec) * spec.out_channels
-    # the chunk's patches are gone when its moments are factored
-    rounding = FLOAT * (max(6 * chunk**2, 2 * chunk**2 + 2 * patch_rows(spec) * chunk) + outputs + weights)
-    learning = FLOAT * 14 * columns * (recipe.les_batch + min(spec.out_channels, LES_OUTPUTS))
-    return patches + max(rounding, learning, 5 * FLOAT * EVALUATED_NUMBERS)
-
-
-def rounding_bytes(
+def _block_rounding(
     source: SourceModel, selection: LayerSelection, recipe: Recipe, conditioning: Conditioning
 ) -> tuple[int, int]:
-    """Memory that AdaRound takes: recorded calls; a block's outputs for its gradients, its weights, Adam's moments."""
+    """Memory that AdaRound takes: for recorded blocks, and for the most demanding fit of one."""
     names = [block.name for block in selection.blocks]
     sizes = block_bytes(source.network, names, lambda: evaluate_zeros(source, conditioning, 1))
-    samples = recipe.samples * conditioning.branches
-    groups = split_blocks(sizes, recipe.steps, samples, recipe.round_samples)
-    calls = max(sum(sizes[name] * recipe.steps * count for name, count in group.items()) for group in groups)
-    weights = {spec.name: spec.weight_count for spec in selection.coverage.quantized}
+    recorded = recorded_bytes(sizes, recipe.steps, recipe.samples * conditioning.branches, recipe.round_samples)
+    counts = {spec.name: spec.weight_count for spec in selection.coverage.quantized}
     outputs = _output_bytes(source, names, conditioning)
-    learning = (
-        2 * BATCH * outputs[block.name] + 12 * FLOAT * sum(weights[name] for name in block.layers)
-        for block in selection.blocks
+    fits = (
+        adaround_bytes(outputs[block.name], sum(counts[name] for name in block.layers)) for block in selection.blocks
     )
-    return calls, max(learning)
+    return recorded, max(fits)
 
 
 def _output_bytes(source: SourceModel, names: Sequence[str], conditioning: Conditioning) -> dict[str, int]:
@@ -190,9 +172,3 @@ def _live_outputs(network: nn.Module) -> Iterator[_Live]:
 
     with hooked(module.register_forward_hook(note) for module in network.modules()):
         yield live
-
-
-def _trajectory_bytes(source: SourceModel, recipe: Recipe, branches: int) -> int:
-    """Inputs and predictions of both sets."""
-    kept = (recipe.samples + recipe.check_samples) * branches * recipe.steps
-    return 2 * FLOAT * kept * math.prod(source.sample_shape)

@@ -8,14 +8,11 @@ from functools import partial
 
 import torch
 
-from calib.fit.adaround import BATCH
+from calib.fit.adaround import adaround_evaluations
 from calib.fit.cuda_graph import WARM_UP_CALLS
-from calib.fit.gptq import SWEEPS
-from calib.fit.layer import EVALUATED_NUMBERS, LayerWeights, equivalent_scaling, fit_layer
-from calib.fit.les import LES_OUTPUTS
-from calib.fit.mixed_precision import SAMPLES, STEPS
-from calib.fit.rounding import CHUNK, GAIN_GROUPS, GAIN_OUTPUTS
-from calib.fit.weight_range import CANDIDATES, COARSE_COLUMNS, NEAR
+from calib.fit.layer import LayerWeights, equivalent_scaling, fit_layer, fit_nanoseconds
+from calib.fit.les import les_numbers
+from calib.fit.mixed_precision import sensitivity_evaluations
 from calib.model.load import SourceModel
 from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import Extrema, LayerInputs, columns_of, patch_rows
@@ -60,14 +57,13 @@ def stage_seconds(
     if further:
         estimates["layer inputs"] = further * one_pass
     if recipe.sensitive_share:
-        estimates["sensitivity"] = layers * SAMPLES * min(STEPS, recipe.steps) * evaluation * 1.3
+        estimates["sensitivity"] = sensitivity_evaluations(layers, recipe.steps) * evaluation
         estimates["layer fits"] *= 1 + recipe.sensitive_share
     if recipe.pts_layers != "none":
         voting = min(recipe.pts_samples, recipe.samples) * branches
         estimates["PTS votes"] = voting * recipe.steps * evaluation * 1.2
     if recipe.rounding == "adaround":
-        # every iteration runs one block forth and back, some evaluations at a time; all blocks make up the network
-        estimates["AdaRound"] = BATCH * recipe.round_iterations * evaluation * 3
+        estimates["AdaRound"] = adaround_evaluations(recipe.round_iterations) * evaluation
     return estimates
 
 
@@ -76,11 +72,11 @@ def fit_seconds(source: SourceModel, specs: Sequence[LayerSpec], recipe: Recipe)
     narrow = min(specs, key=columns_of)
     wide = max((spec for spec in specs if columns_of(spec) <= PROBE_COLUMNS), key=columns_of, default=narrow)
     probes = {spec: _probe(source, spec, recipe) for spec in (narrow, wide)}
-    iteration = _line([(_iteration_numbers(spec, recipe), seconds) for spec, (seconds, _) in probes.items()])
-    rest = _line([(_rest_nanoseconds(spec, clip=False), seconds) for spec, (_, seconds) in probes.items()])
+    iteration = _line([(les_numbers(spec, recipe.les_batch), seconds) for spec, (seconds, _) in probes.items()])
+    rest = _line([(fit_nanoseconds(spec, clip=False), seconds) for spec, (_, seconds) in probes.items()])
     return [
-        recipe.les_iterations * iteration(_iteration_numbers(spec, recipe))
-        + rest(_rest_nanoseconds(spec, clip=recipe.clip))
+        recipe.les_iterations * iteration(les_numbers(spec, recipe.les_batch))
+        + rest(fit_nanoseconds(spec, clip=recipe.clip))
         for spec in specs
     ]
 
@@ -140,29 +136,3 @@ def _finish(function: Callable[[], object], device: torch.device) -> None:
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _iteration_numbers(spec: LayerSpec, recipe: Recipe) -> int:
-    """What an LES iteration goes through: patches and weights."""
-    return columns_of(spec) * (spec.groups * recipe.les_batch + min(spec.out_channels, LES_OUTPUTS))
-
-
-def _rest_nanoseconds(spec: LayerSpec, *, clip: bool) -> float:
-    """What a fit takes besides LES, on the core that this was measured on; only the proportions count.
-
-    In turn: the report and clipping, the search for the weights' ranges, columns one by one, their second moments,
-    the moments' factors, and products with these. Learned rounding is done twice, the first time to learn its gain.
-    """
-    columns, rows, groups = columns_of(spec), patch_rows(spec), spec.groups
-    chunk, outputs = min(columns, CHUNK), spec.out_channels // groups
-    twice = groups + min(groups, GAIN_GROUPS)
-    return (
-        (10 + 55 * clip) * min(EVALUATED_NUMBERS, rows * columns * groups)
-        + 5
-        * spec.out_channels
-        * (CANDIDATES * min(columns, COARSE_COLUMNS) + (2 * NEAR + 1) * max(columns - COARSE_COLUMNS, 0))
-        + 28e3 * (1 + SWEEPS) * twice * columns
-        + 0.025 * groups * rows * columns * chunk / 2
-        + 0.019 * twice * columns * chunk**2 / 3
-        + 0.25 * columns * chunk * (groups * outputs + min(groups, GAIN_GROUPS) * min(outputs, GAIN_OUTPUTS))
-    )

@@ -10,9 +10,10 @@ from layers import conv2d, linear
 from models import TINY_RECIPE, save_small_model
 
 import calib.run.time_estimate
+from calib.fit.layer import fit_nanoseconds
 from calib.model.load import SourceModel, load_model
 from calib.record.layer_inputs import columns_of
-from calib.run.time_estimate import _line, _rest_nanoseconds, fit_seconds
+from calib.run.time_estimate import _line, fit_seconds
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe
 
@@ -49,7 +50,7 @@ def test_a_layer_takes_a_moment_and_what_it_multiplies(source: SourceModel, monk
     ]
 
     def rest(spec: LayerSpec) -> float:
-        return 0.3 + 2e-9 * _rest_nanoseconds(spec, clip=False)  # on a core half as fast
+        return 0.3 + 2e-9 * fit_nanoseconds(spec, clip=False)  # on a core half as fast
 
     def probe(_: SourceModel, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
         return 1e-4 * columns_of(spec), rest(spec)
@@ -69,7 +70,7 @@ def test_a_layer_twice_as_large_takes_about_as_much_longer_as_its_columns_say() 
     """Clipping looks at so many numbers and no more, whole moments grow with the cube, and chunks of them do not."""
 
     def seconds(channels: int, out_channels: int = 128, **changes: int) -> float:
-        return 1e-9 * _rest_nanoseconds(conv2d(parts=(channels,), out_channels=out_channels, **changes), clip=True)
+        return 1e-9 * fit_nanoseconds(conv2d(parts=(channels,), out_channels=out_channels, **changes), clip=True)
 
     assert 2 < seconds(256) / seconds(128) < 4
     assert 1.5 < seconds(1536) / seconds(768) < 2.2  # on fewer patches
