@@ -10,12 +10,14 @@ import pytest
 from dmq_export.errors import DmqError
 from engines.tensorrt.plan_file import Machine, PlanFacts, facts_path, mismatch, read_facts, read_plan, save_plan
 from engines.tensorrt.profile import ShapeRange
+from engines.tensorrt.summary import KernelSummary
 
 CONTENT = b"a plan, as far as this module is concerned"
-MACHINE = Machine("10.16.1.11", "NVIDIA H200", "9.0", "Linux x86_64")
+MACHINE = Machine("tensorrt", "10.16.1.11", "Linux x86_64", "NVIDIA H200", "9.0")
 FACTS = PlanFacts(
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     machine=MACHINE,
+    capabilities=(),
     version_compatible=False,
     hardware_compatible="none",
     stripped=False,
@@ -43,7 +45,7 @@ def test_what_is_saved_is_read(plan: Path) -> None:
 
 def test_the_file_beside_the_plan_is_plain_json(plan: Path) -> None:
     content = json.loads(facts_path(plan).read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["machine"]["gpu"] == "NVIDIA H200"
     assert content["shapes"]["sample"]["maximum"] == [4, 4, 8, 8]
 
@@ -73,6 +75,10 @@ def test_a_plan_without_its_file_is_refused(plan: Path) -> None:
     [
         {"machine": {"gpu": "x"}},
         {"machine": {**vars(MACHINE), "gpu": 7}},
+        {"machine": {**vars(MACHINE), "gpu": None}},
+        {"machine": {**vars(MACHINE), "runtime": "another"}},
+        {"capabilities": [8.9]},
+        {"kernels": {"integer": []}},
         {"shapes": {"sample": [1]}},
         {"hardware_compatible": "all"},
         {"version_compatible": "yes"},
@@ -90,8 +96,8 @@ def test_damaged_facts_are_refused(plan: Path, change: dict[str, object]) -> Non
 
 def test_another_schema_is_refused(plan: Path) -> None:
     path = facts_path(plan)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
-    with pytest.raises(DmqError, match="is not of schema 1: build the plan again"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    with pytest.raises(DmqError, match="is not of schema 2: build the plan again"):
         read_plan(plan, MACHINE)
 
 
@@ -100,11 +106,11 @@ def test_another_schema_is_refused(plan: Path) -> None:
     [
         ({}, {}, None),
         ({}, {"platform": "Windows AMD64"}, "was built for Linux x86_64, this is Windows AMD64"),
-        ({}, {"tensorrt": "10.16.1.12"}, "was built with TensorRT 10.16.1.11, here is 10.16.1.12"),
-        ({"version_compatible": True}, {"tensorrt": "10.16.1.12"}, None),
-        ({"version_compatible": True}, {"tensorrt": "11.4.0.106"}, None),
-        ({"version_compatible": True}, {"tensorrt": "10.9.0.34"}, "newer than the 10.9.0.34 here"),
-        ({"version_compatible": True}, {"tensorrt": "10.13.3.9.post1"}, "newer than the 10.13.3.9.post1 here"),
+        ({}, {"version": "10.16.1.12"}, "was built with TensorRT 10.16.1.11, here is 10.16.1.12"),
+        ({"version_compatible": True}, {"version": "10.16.1.12"}, None),
+        ({"version_compatible": True}, {"version": "11.4.0.106"}, None),
+        ({"version_compatible": True}, {"version": "10.9.0.34"}, "newer than the 10.9.0.34 here"),
+        ({"version_compatible": True}, {"version": "10.13.3.9.post1"}, "newer than the 10.13.3.9.post1 here"),
         (
             {},
             {"gpu": "NVIDIA L4", "compute_capability": "8.9"},
@@ -124,4 +130,34 @@ def test_another_schema_is_refused(plan: Path) -> None:
 )
 def test_who_can_run_a_plan(changes: dict[str, object], here: dict[str, str], reason: str | None) -> None:
     found = mismatch(replace(FACTS, **changes), replace(MACHINE, **here))
+    assert found is None if reason is None else found is not None and reason in found
+
+
+RTX = Machine("tensorrt-rtx", "1.7.1.116", "Linux x86_64")
+RTX_FACTS = replace(
+    FACTS,
+    machine=RTX,
+    capabilities=("8.6", "8.9"),
+    layers={},
+    kernels=KernelSummary(("a/product",), (), ("b",), {"convolution": 2}, None, 4096, 9000),
+)
+
+
+def test_a_plan_of_tensorrt_rtx_names_no_gpu(tmp_path: Path) -> None:
+    save_plan(CONTENT, tmp_path / "model.plan", RTX_FACTS)
+    assert read_facts(tmp_path / "model.plan") == RTX_FACTS
+
+
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [
+        ({"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9"}, None),
+        ({"gpu": "NVIDIA RTX 3090", "compute_capability": "8.6", "platform": "Windows AMD64"}, None),
+        ({"gpu": "NVIDIA RTX 5090", "compute_capability": "12.0"}, "compute capability 8.6, 8.9, NVIDIA RTX 5090 has"),
+        ({"version": "1.7.2.1", "compute_capability": "8.9"}, "was built with TensorRT-RTX 1.7.1.116, here is 1.7.2.1"),
+        ({"runtime": "tensorrt"}, "was built with TensorRT-RTX 1.7.1.116, this is TensorRT 1.7.1.116"),
+    ],
+)
+def test_who_can_run_a_plan_of_tensorrt_rtx(here: dict[str, str], reason: str | None) -> None:
+    found = mismatch(RTX_FACTS, replace(RTX, **here))
     assert found is None if reason is None else found is not None and reason in found

@@ -44,7 +44,7 @@ def test_a_complete_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> Non
     pretend(monkeypatch, INSTALLED, driver=True)
     assert missing() == []
     machine = require_tensorrt()
-    assert (machine.tensorrt, machine.gpu, machine.compute_capability) == ("10.16.1.11", "NVIDIA H200", "9.0")
+    assert (machine.version, machine.gpu, machine.compute_capability) == ("10.16.1.11", "NVIDIA H200", "9.0")
 
 
 def test_everything_that_is_missing_is_said_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ class PlanSummary:
         return "\n\n".join(
             [
                 f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n"
-                f"built with TensorRT {machine.tensorrt} for {machine.gpu} (compute capability "
+                f"built with {machine.title} for {machine.gpu} (compute capability "
                 f"{machine.compute_capability}) on {machine.platform}\n"
                 f"version compatible: {_yes(facts.version_compatible)}, hardware compatible: "
                 f"{facts.hardware_compatible}, weights inside: {_yes(not facts.stripped)}",

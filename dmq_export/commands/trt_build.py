@@ -47,8 +47,8 @@ class Build:
         """What the engine is made of, then where it is."""
         machine = self.facts.machine
         return (
-            f"{self.layers.text()}\n\n{self.path}  {in_words(self.plan_bytes)}  for {machine.gpu}, TensorRT "
-            f"{machine.tensorrt}\n{self.facts_path} says what it is and must stay beside it"
+            f"{self.layers.text()}\n\n{self.path}  {in_words(self.plan_bytes)}  for {machine.gpu}, "
+            f"{machine.title}\n{self.facts_path} says what it is and must stay beside it"
         )
 
 
@@ -74,7 +74,7 @@ def build_engine(
     require_file(output)
     source = read_source(onnx, shapes, note)
     machine = require_tensorrt()
-    note(f"building for {machine.gpu} with TensorRT {machine.tensorrt}; this takes minutes")
+    note(f"building for {machine.gpu} with {machine.title}; this takes minutes")
     plan = build_plan(source, settings, machine)
     save_plan(plan.content, output, plan.facts)
     return Build(output, facts_path(output), len(plan.content), plan.facts, plan.layers)

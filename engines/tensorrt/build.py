@@ -92,6 +92,7 @@ def build_plan(source: Source, settings: BuildSettings, machine: Machine) -> Pla
     facts = PlanFacts(
         sha256=hashlib.sha256(content).hexdigest(),
         machine=machine,
+        capabilities=(),
         version_compatible=settings.version_compatible,
         hardware_compatible=settings.hardware_compatible,
         stripped=settings.strip_weights,

@@ -36,7 +36,7 @@ def require_tensorrt() -> Machine:
     from engines.tensorrt.cuda import gpu
 
     name, capability = gpu()
-    return Machine(trt.__version__, name, capability, this_platform())
+    return Machine("tensorrt", trt.__version__, this_platform(), name, capability)
 
 
 def _package_problem(distribution: str, module: str, oldest: tuple[int, ...]) -> str | None:

@@ -1,8 +1,8 @@
-"""A TensorRT plan and what is known of it.
+"""A plan of TensorRT or TensorRT-RTX, and what is known of it.
 
 A plan is executable code: deserializing one from a stranger is running his program. Beside ``model.plan`` lies
-``model.engine.json``, and a plan whose hash, TensorRT, GPU or platform is not what that file says is refused
-before TensorRT sees it. The hash protects against damage and mix-ups; it is no signature.
+``model.engine.json``, and a plan whose hash, runtime, version, GPU or platform is not what that file says is refused
+before the runtime sees it. The hash protects against damage and mix-ups; it is no signature.
 """
 
 from __future__ import annotations
@@ -18,27 +18,37 @@ from typing import Any, Literal, get_args
 from dmq_export.errors import DmqError
 from dmq_export.files import atomic_files, read_json
 from engines.tensorrt.profile import ShapeRange
+from engines.tensorrt.summary import KernelSummary
 
-SCHEMA = 1
+SCHEMA = 2
+Runtime = Literal["tensorrt", "tensorrt-rtx"]
+RUNTIME_NAMES: dict[Runtime, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 HardwareCompatibility = Literal["none", "same-compute-capability", "ampere-plus"]
 AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on.
+    """A runtime and what it runs on: what a plan depends on.
 
     Attributes:
-        tensorrt: version, such as ``10.16.1.11``.
-        gpu: the device's name.
-        compute_capability: such as ``9.0``.
+        runtime: whose plans these are.
+        version: of the runtime, such as ``10.16.1.11``.
         platform: operating system and processor.
+        gpu: the device's name; None where TensorRT-RTX built without one.
+        compute_capability: of that GPU, such as ``9.0``.
     """
 
-    tensorrt: str
-    gpu: str
-    compute_capability: str
+    runtime: Runtime
+    version: str
     platform: str
+    gpu: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def title(self) -> str:
+        """``TensorRT-RTX 1.7.1.116``."""
+        return f"{RUNTIME_NAMES[self.runtime]} {self.version}"
 
 
 @dataclass(frozen=True)
@@ -48,18 +58,23 @@ class PlanFacts:
     Attributes:
         sha256: of the plan.
         machine: it was built on.
-        version_compatible, hardware_compatible: how far it may travel.
+        capabilities: compute capabilities of the GPUs that a plan of TensorRT-RTX runs on, such as ``8.9``; empty for
+            TensorRT, whose plans are for the GPU of ``machine``.
+        version_compatible, hardware_compatible: how far a plan of TensorRT may travel.
         stripped: whether the weights must be refitted from the ONNX file.
         onnx_sha256: of the ONNX file, and of its external data where there is some, by name.
         shapes: range of every input.
         settings: the builder's other settings.
-        layers: counts of the engine's layers by type, see :mod:`engines.tensorrt.inspector`.
+        layers: counts of the layers of TensorRT's engine by type, see :mod:`engines.tensorrt.inspector`.
+        kernels: what TensorRT-RTX's engine is made of; None for TensorRT.
+        float16: the same of the graph without its quantizers, where that was asked for.
         facts: what the ONNX file says of the model; None for files of other tools.
         versions: of the tool and its libraries.
     """
 
     sha256: str
     machine: Machine
+    capabilities: tuple[str, ...]
     version_compatible: bool
     hardware_compatible: HardwareCompatibility
     stripped: bool
@@ -69,6 +84,12 @@ class PlanFacts:
     layers: Mapping[str, int]
     facts: Mapping[str, Any] | None
     versions: Mapping[str, str]
+    kernels: KernelSummary | None = None
+    float16: KernelSummary | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.machine.runtime
 
 
 def facts_path(plan: Path) -> Path:
@@ -137,21 +158,35 @@ def read_plan(path: Path, machine: Machine) -> tuple[bytes, PlanFacts]:
 def mismatch(facts: PlanFacts, machine: Machine) -> str | None:
     """Why ``machine`` cannot run the plan, or None."""
     built = facts.machine
+    if built.runtime != machine.runtime:
+        return f"was built with {built.title}, this is {machine.title}"
+    if built.runtime == "tensorrt-rtx":
+        return _rtx_mismatch(facts, machine)
     if built.platform != machine.platform:
         return f"was built for {built.platform}, this is {machine.platform}"
-    versions = _version(built.tensorrt), _version(machine.tensorrt)
+    versions = _version(built.version), _version(machine.version)
     if facts.version_compatible and versions[1] < versions[0]:
-        return f"was built with TensorRT {built.tensorrt}, newer than the {machine.tensorrt} here"
-    if not facts.version_compatible and built.tensorrt != machine.tensorrt:
-        return (
-            f"was built with TensorRT {built.tensorrt}, here is {machine.tensorrt} (--version-compatible would allow)"
-        )
+        return f"was built with {built.title}, newer than the {machine.version} here"
+    if not facts.version_compatible and built.version != machine.version:
+        return f"was built with {built.title}, here is {machine.version} (--version-compatible would allow)"
     return _gpu_mismatch(facts, machine)
+
+
+def _rtx_mismatch(facts: PlanFacts, machine: Machine) -> str | None:
+    """NVIDIA documents such plans as portable between Linux and Windows, and between the GPUs they were built for."""
+    if facts.machine.version != machine.version:
+        return f"was built with {facts.machine.title}, here is {machine.version}"
+    if machine.compute_capability not in facts.capabilities:
+        return (
+            f"was built for compute capability {', '.join(facts.capabilities)}, {machine.gpu} has "
+            f"{machine.compute_capability} (--compute-capability names others)"
+        )
+    return None
 
 
 def _gpu_mismatch(facts: PlanFacts, machine: Machine) -> str | None:
     built = facts.machine
-    there, here = _version(built.compute_capability), _version(machine.compute_capability)
+    there, here = _version(built.compute_capability or ""), _version(machine.compute_capability or "")
     if facts.hardware_compatible == "ampere-plus":
         return (
             None if here >= AMPERE else f"needs compute capability 8.0, {machine.gpu} has {machine.compute_capability}"
@@ -178,15 +213,28 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _facts(content: Mapping[str, Any]) -> PlanFacts:
     fields = dict(content)
-    fields["machine"] = Machine(**fields["machine"])
+    fields["machine"] = _machine(fields["machine"])
+    fields["capabilities"] = tuple(fields["capabilities"])
     fields["shapes"] = {
         name: ShapeRange(*(tuple(shape[which]) for which in ("minimum", "optimum", "maximum")))
         for name, shape in fields["shapes"].items()
     }
+    for name in ("kernels", "float16"):
+        fields[name] = None if fields[name] is None else KernelSummary.from_json(fields[name])
     if fields["hardware_compatible"] not in get_args(HardwareCompatibility):
         raise ValueError(f"hardware_compatible {fields['hardware_compatible']!r}")
-    if not all(isinstance(text, str) for text in (fields["sha256"], *asdict(fields["machine"]).values())):
-        raise TypeError("the hash and what describes the machine must be texts")
+    if not all(isinstance(text, str) for text in (fields["sha256"], *fields["capabilities"])):
+        raise TypeError("the hash and the compute capabilities must be texts")
     if not all(isinstance(fields[name], bool) for name in ("version_compatible", "stripped")):
         raise TypeError("version_compatible and stripped must be true or false")
     return PlanFacts(**fields)
+
+
+def _machine(content: Mapping[str, Any]) -> Machine:
+    machine = Machine(**content)
+    if machine.runtime not in get_args(Runtime):
+        raise ValueError(f"runtime {machine.runtime!r}")
+    gpu = () if machine.runtime == "tensorrt-rtx" and machine.gpu is None else (machine.gpu, machine.compute_capability)
+    if not all(isinstance(text, str) for text in (machine.version, machine.platform, *gpu)):
+        raise TypeError("what describes the machine must be texts")
+    return machine
