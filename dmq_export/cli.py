@@ -30,7 +30,7 @@ from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.target import FloatType, Target
-from engines.tensorrt.plan_file import HardwareCompatibility
+from engines.tensorrt.plan_file import HardwareCompatibility, RuntimeChoice
 
 
 class Group(click.Group):
@@ -188,7 +188,18 @@ def inspect(path: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("onnx", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, help="Plan to write, with its .engine.json beside it.")
+@click.option(
+    "--runtime", type=choice(RuntimeChoice), default="auto", help="auto: TensorRT if it and a GPU are there, else RTX."
+)
 @click.option("--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="Of an input of open size: 1x4x64x64,...")
+@click.option("--strict", is_flag=True, help="Fail, and write nothing, if a product meant for Int8 runs in float.")
+@click.option(
+    "--compute-capability",
+    multiple=True,
+    metavar="X.Y",
+    help="GPU to build for, such as 8.9 (RTX).  [default: NVIDIA's]",
+)
+@click.option("--beside-float16", is_flag=True, help="Compile the graph without quantizers too, to compare (RTX).")
 @click.option("--timing-cache", type=FOLDER, metavar="FILE", help="Read and extended; makes later builds faster.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="5 builds longest and runs fastest.")
 @click.option("--workspace", type=Size(), metavar="SIZE", help="GPU memory for kernels.  [default: all]")
@@ -203,26 +214,37 @@ def inspect(path: Path, as_json: bool) -> None:
 def trt_build(
     onnx: Path,
     output: Path | None,
+    runtime: RuntimeChoice,
     shapes: tuple[str, ...],
+    strict: bool,
+    compute_capability: tuple[str, ...],
+    beside_float16: bool,
     lint_only: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Build a TensorRT plan from an ONNX file made by onnx --target tensorrt.
+    """Build a plan for NVIDIA GPUs from an ONNX file made by onnx --target tensorrt.
+
+    TensorRT-RTX (--runtime tensorrt-rtx) builds on any machine for GeForce and RTX GPUs. TensorRT builds on a machine
+    with a GPU, for that GPU; the options from --timing-cache on are for it.
 
     \b
+    dmq-export trt-build model.onnx -o model.plan --compute-capability 8.9
     dmq-export trt-build model.onnx -o model.plan --shapes sample:1x4x64x64,2x4x64x64,8x4x64x64
     """
     if lint_only:
         click.get_current_context().invoke(lint, file=onnx, as_json=as_json)
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    from dmq_export.commands.trt_build import build_engine
+    from dmq_export.commands.trt_build import Order, build_engine
+    from dmq_export.progress import Progress
     from engines.tensorrt.build import BuildSettings
+    from engines.tensorrt.capability import parse_capabilities
     from engines.tensorrt.profile import parse_shapes
 
+    order = Order(runtime, parse_shapes(shapes), parse_capabilities(compute_capability), beside_float16, strict)
     note = partial(click.echo, err=True)
-    result = build_engine(onnx, output, parse_shapes(shapes), BuildSettings(**settings), note)
+    result = build_engine(onnx, output, order, BuildSettings(**settings), Progress(), note)
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 

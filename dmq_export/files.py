@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmq_export.errors import DmqError
+from dmq_export.memory import in_words
 
 
 @contextmanager
@@ -157,6 +158,17 @@ def require_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise DmqError(f"cannot write {path}: {error.strerror} ({path.parent})") from error
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Fail at once where a result of ``size`` bytes or more will not fit.
+
+    Raises:
+        DmqError: the disk that ``folder`` lies on has less left.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DmqError(f"{folder} has {in_words(free)} left, at least {in_words(size)} are needed: make room")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -26,8 +26,10 @@ SHORT = 10.0  # seconds of a stage that nobody needs to hear of
 class _Lines:
     """A stage in a log file: a line now and then and at its end instead of a bar."""
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        self._name, self._total, self._unit = name, total, unit
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
+        self._name, self._total = name, total
+        counted = f"{{n_fmt}} of {{total_fmt}} {unit}s, {{elapsed}} gone, {{remaining}} to go"
+        self._format = f"{{desc}}: {'{elapsed} gone' if total is None else counted}"
         self._start = self._last = time.perf_counter()
 
     def update(self, done: int, what: str) -> None:
@@ -36,8 +38,8 @@ class _Lines:
         if now - self._last < LINE_SECONDS:
             return
         self._last = now
-        counted = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self._unit}s, {{elapsed}} gone, {{remaining}} to go {what}"
-        line = tqdm.format_meter(done, self._total, now - self._start, prefix=self._name, bar_format=counted)
+        counted = f"{self._format} {what}"
+        line = tqdm.format_meter(done, self._total or 0, now - self._start, prefix=self._name, bar_format=counted)
         tqdm.write(line.rstrip(), file=sys.stderr)
 
     def end(self) -> None:
@@ -84,14 +86,18 @@ class Progress:
         tqdm.write(f"Note: {text}", file=sys.stderr)
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """The block receives ``advance(n)``; seconds of stages with one name add up."""
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """The block receives ``advance(n)``; seconds of stages with one name add up.
+
+        ``total`` is None where nobody knows how far the end is: then the time that is gone is all that is shown.
+        """
         start = time.perf_counter()
         self.note("stage", stage=name, total=total, unit=unit)
         disable = None if self._show is None else not self._show
         done, lines = 0, _Lines(name, total, unit)
         # disable=None: tqdm hides the bar where the stream is no terminal
-        with tqdm(total=total, desc=name, unit=unit, disable=disable, leave=False) as bar:
+        form = "{desc}: {elapsed}{postfix}" if total is None else None
+        with tqdm(total=total, desc=name, unit=unit, disable=disable, leave=False, bar_format=form) as bar:
 
             def advance(count: int, what: str = "") -> None:
                 nonlocal done

@@ -61,8 +61,8 @@ library version 11.4.0.106 got 10.16.1.11, please rebuild.)"""
         (MEMORY, (), "the GPU ran out of memory", "lower the largest --shapes"),
         (PROFILE, (), "an input of open size", "--shapes NAME:MIN,OPT,MAX"),
         (MIXED, (), "float types that do not agree", "export again with one --dtype"),
-        (IMPORTER, ("q/QLinearConv",), "an operator TensorRT does not have", "dmq-export lint"),
-        (KERNEL, ("conv_out",), "quantized weights that TensorRT does not recognise", "dmq-export lint"),
+        (IMPORTER, ("q/QLinearConv",), "an operator that is not there", "dmq-export lint"),
+        (KERNEL, ("conv_out",), "quantized weights that are not recognised", "dmq-export lint"),
         (MYELIN, ("conv_out",), "types the kernel compiler cannot infer", "--float-layer"),
         (PLAN, (), "a plan of another TensorRT", "build again with the TensorRT that will run the plan"),
     ],
@@ -80,8 +80,8 @@ def test_an_unknown_log_gives_its_last_error() -> None:
     log = ["[I] Building engine", "[E] Error Code 7: Internal Error (something new)", "[I] Done"]
     failure = explain(log)
     assert failure.reason == "Error Code 7: Internal Error (something new)"
-    assert failure.text().startswith("Error Code 7: Internal Error (something new): see TensorRT's documentation")
-    assert explain([]).reason == "TensorRT gave no reason"
+    assert failure.text().startswith("Error Code 7: Internal Error (something new): report it with the ONNX file")
+    assert explain([]).reason == "the log gives no reason"
 
 
 def test_colours_and_times_are_left_out() -> None:

@@ -1,26 +1,50 @@
-"""``dmq-export trt-build``: from an ONNX file to a TensorRT plan."""
+"""``dmq-export trt-build``: from an ONNX file to a plan of TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmq_export.errors import DmqError
-from dmq_export.files import require_file
+from dmq_export.batch import Batch
+from dmq_export.errors import CheckFailedError, DmqError
+from dmq_export.files import require_file, require_room
 from dmq_export.lint import lint_model, require_buildable
 from dmq_export.lint.view import QdqGraph
 from dmq_export.memory import in_words
-from dmq_export.onnx_file import external_files, facts_of, input_sizes, load_onnx
+from dmq_export.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
+from dmq_export.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.tensorrt.build import BuildSettings, Source
+    from engines.tensorrt.build import BuildSettings, Plan, Source
+    from engines.tensorrt.compiler import Capability
     from engines.tensorrt.inspector import EngineLayers
-    from engines.tensorrt.plan_file import PlanFacts
+    from engines.tensorrt.plan_file import PlanFacts, Runtime, RuntimeChoice
     from engines.tensorrt.profile import ShapeRange
+
+BATCH = Batch(1, 2, 8)  # where neither the user nor the file says more than that it is open
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build.
+
+    Attributes:
+        runtime: for which; ``auto`` is TensorRT where it and a GPU are there, else TensorRT-RTX.
+        shapes: of the inputs whose size is open.
+        capabilities: of the GPUs that TensorRT-RTX builds for; none for NVIDIA's default.
+        beside_float16: compile the graph without its quantizers too, to compare.
+        strict: refuse an engine in which a product meant for Int8 runs in float.
+    """
+
+    runtime: RuntimeChoice = "auto"
+    shapes: Mapping[str, ShapeRange] | None = None
+    capabilities: tuple[Capability, ...] = ()
+    beside_float16: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,80 +55,208 @@ class Build:
     facts_path: Path
     plan_bytes: int
     facts: PlanFacts
-    layers: EngineLayers
+    layers: EngineLayers | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
+        facts, layers = self.facts, self.layers
         return {
             "plan": str(self.path),
             "bytes": self.plan_bytes,
-            "layers": dict(self.layers.counts),
-            "not_integer": list(self.layers.not_integer),
-            "unseen": list(self.layers.unseen),
+            "runtime": facts.runtime,
+            "version": facts.machine.version,
+            "capabilities": list(facts.capabilities),
+            "layers": dict(facts.layers),
+            "not_integer": list(not_integer(facts, layers)),
+            "unseen": [] if layers is None else list(layers.unseen),
+            "kernels": None if facts.kernels is None else asdict(facts.kernels),
+            "float16": None if facts.float16 is None else asdict(facts.float16),
         }
 
     def text(self) -> str:
         """What the engine is made of, then where it is."""
-        machine = self.facts.machine
+        from engines.tensorrt.summary import summary_text
+
+        facts = self.facts
+        made = (
+            summary_text(facts.kernels, facts.float16) if facts.kernels else self.layers.text() if self.layers else ""
+        )
+        target = f"compute capability {', '.join(facts.capabilities)}" if facts.capabilities else facts.machine.gpu
         return (
-            f"{self.layers.text()}\n\n{self.path}  {in_words(self.plan_bytes)}  for {machine.gpu}, "
-            f"{machine.title}\n{self.facts_path} says what it is and must stay beside it"
+            f"{made}\n\n{self.path}  {in_words(self.plan_bytes)}  for {target}, {facts.machine.title}\n"
+            f"{self.facts_path} says what it is and must stay beside it"
         )
 
 
 def build_engine(
-    onnx: Path, output: Path, shapes: dict[str, ShapeRange], settings: BuildSettings, note: Callable[[str], None]
+    onnx: Path, output: Path, order: Order, settings: BuildSettings, progress: Progress, note: Callable[[str], None]
 ) -> Build:
     """Lint ``onnx``, then build it; the plan and its ``engine.json`` are written together or not at all.
 
     Args:
-        shapes: of the inputs whose size is open.
-        note: receives the linter's warnings, and what is about to happen.
+        settings: for TensorRT.
+        note: receives the linter's warnings, what is assumed, and what is about to happen.
 
     Raises:
-        CheckFailedError: the linter finds errors.
-        DmqError: bad input, TensorRT or a GPU is missing, or TensorRT refuses.
+        DmqError: bad input, a runtime is missing, or it refuses.
+        CheckFailedError: the order is strict, and a product meant for Int8 runs in float.
     """
-    from engines.tensorrt.build import build_plan
-    from engines.tensorrt.environment import require_tensorrt
     from engines.tensorrt.plan_file import facts_path, save_plan
 
     if output.suffix != ".plan":
         raise DmqError(f"{output} must end in .plan, as sample expects")
     require_file(output)
-    source = read_source(onnx, shapes, note)
-    machine = require_tensorrt()
-    note(f"building for {machine.gpu} with {machine.title}; this takes minutes")
-    plan = build_plan(source, settings, machine)
+    model = load_onnx(onnx)
+    require_clean(model, onnx, note)
+    runtime = choose_runtime(order, settings)
+    source = read_source(model, onnx, order.shapes or {}, note)
+    require_room(output.parent, sum(path.stat().st_size for path in (onnx, *source.external)))
+    plan = _tensorrt(source, settings, note) if runtime == "tensorrt" else _rtx(model, source, order, progress, note)
+    if order.strict:
+        require_integer(plan)
     save_plan(plan.content, output, plan.facts)
     return Build(output, facts_path(output), len(plan.content), plan.facts, plan.layers)
 
 
-def read_source(onnx: Path, shapes: dict[str, ShapeRange], note: Callable[[str], None]) -> Source:
-    """What is built from the file ``onnx``, once it has passed the linter.
+def require_clean(model: ir.Model, onnx: Path, note: Callable[[str], None]) -> None:
+    """Refuse what the linter refuses.
 
     Raises:
-        CheckFailedError: the linter finds errors.
-        DmqError: the file is no ONNX file, or an input's size stays open.
+        DmqError: naming the first error.
+    """
+    findings = lint_model(model)
+    try:
+        require_buildable(findings, str(onnx))
+    except CheckFailedError as error:  # here it is bad input, not the result of a check
+        raise DmqError(str(error)) from error
+    note(f"{onnx} has no lint errors, {len(findings)} warnings (dmq-export lint shows them)")
+
+
+def choose_runtime(order: Order, settings: BuildSettings) -> Runtime:
+    """The runtime to build for, which can build here.
+
+    Raises:
+        DmqError: it cannot, or does not know an option that was given.
+    """
+    from engines.tensorrt.build import BuildSettings
+    from engines.tensorrt.environment import missing, require_tensorrt
+    from engines.tensorrt.rtx_build import require_rtx
+
+    runtime = order.runtime
+    if runtime == "auto":
+        runtime = "tensorrt-rtx" if missing() else "tensorrt"
+    if runtime == "tensorrt":
+        given = ("compute_capability",) * bool(order.capabilities) + ("beside_float16",) * order.beside_float16
+        _refuse(given, "TensorRT-RTX", "--runtime tensorrt-rtx")
+        require_tensorrt()
+        return runtime
+    defaults = asdict(BuildSettings())
+    _refuse(
+        [name for name, value in asdict(settings).items() if value != defaults[name]], "TensorRT", "--runtime tensorrt"
+    )
+    require_rtx()
+    return runtime
+
+
+def read_source(model: ir.Model, onnx: Path, shapes: Mapping[str, ShapeRange], note: Callable[[str], None]) -> Source:
+    """What is built from ``model``, which lies in the file ``onnx``.
+
+    Raises:
+        DmqError: an input's size stays open.
     """
     from engines.tensorrt.build import Source
     from engines.tensorrt.profile import resolve_shapes
+    from engines.tensorrt.summary import layer_names
 
-    model = load_onnx(onnx)
-    findings = lint_model(model)
-    require_buildable(findings, str(onnx))
-    note(f"{onnx} keeps TensorRT's rules, {len(findings)} warnings (dmq-export lint shows them)")
+    graph, facts, inputs = QdqGraph(model), facts_of(model), input_sizes(model)
     nodes = integer_nodes(model)
+    batch = _stated_batch(facts) or BATCH
+    resolved = resolve_shapes(inputs, shapes, batch)
+    _note_batch(inputs, shapes, batch, resolved, note)
     return Source(
         path=onnx,
-        shapes=resolve_shapes(input_sizes(model), shapes),
+        shapes=resolved,
         integer_nodes=nodes,
-        layers=tuple(dict.fromkeys(name.rpartition("/")[0] or name for name in nodes)),
+        layers=tuple(layer_names(nodes)),
         external=tuple(external_files(model, onnx.parent)),
-        facts=facts_of(model),
+        facts=facts,
+        products=tuple(node.name for node in graph.weighted if node.name),
+        types=frozenset(each.type for each in graph.quantizers),
     )
 
 
 def integer_nodes(model: ir.Model) -> tuple[str, ...]:
     """Names of the convolutions and matrix products whose data and weights are both quantized to 8 bits."""
     return tuple(node.name for node in QdqGraph(model).integer_operators() if node.name)
+
+
+def not_integer(facts: PlanFacts, layers: EngineLayers | None) -> tuple[str, ...]:
+    """Nodes meant to run in Int8 that do not."""
+    if layers is not None:
+        return layers.not_integer
+    return facts.kernels.not_integer if facts.kernels else ()
+
+
+def require_integer(plan: Plan) -> None:
+    """Refuse an engine that is not as it was meant.
+
+    Raises:
+        CheckFailedError: naming the layers.
+    """
+    from engines.tensorrt.summary import layer_names
+
+    names = layer_names(not_integer(plan.facts, plan.layers))
+    if names:
+        raise CheckFailedError(
+            f"--strict: {len(names)} products meant for Int8 run in float, nothing is written: {', '.join(names)}; see "
+            "dmq-export lint, or build without --strict"
+        )
+
+
+def _tensorrt(source: Source, settings: BuildSettings, note: Callable[[str], None]) -> Plan:
+    from engines.tensorrt.build import build_plan
+    from engines.tensorrt.environment import require_tensorrt
+
+    machine = require_tensorrt()
+    note(f"building for {machine.gpu} with {machine.title}; this takes minutes")
+    return build_plan(source, settings, machine)
+
+
+def _rtx(model: ir.Model, source: Source, order: Order, progress: Progress, note: Callable[[str], None]) -> Plan:
+    from engines.tensorrt.rtx_build import build_rtx_plan
+
+    with progress.stage("building with TensorRT-RTX", None, "phase") as advance:
+        return build_rtx_plan(source, order.capabilities, lambda phase: advance(0, phase))
+
+
+def _refuse(options: Any, runtime: str, way: str) -> None:
+    for name in options:
+        option = f"--{name.replace('_', '-')}"
+        raise DmqError(f"{option} is for {runtime}, which is not what builds here: leave it out, or give {way}")
+
+
+def _stated_batch(facts: Mapping[str, Any] | None) -> Batch | None:
+    """The batch sizes that our export states."""
+    stated = (facts or {}).get("batch")
+    return Batch(*map(int, stated)) if isinstance(stated, list) and len(stated) == 3 else None
+
+
+def _note_batch(
+    inputs: Mapping[str, Sizes],
+    given: Mapping[str, ShapeRange],
+    batch: Batch,
+    resolved: Mapping[str, ShapeRange],
+    note: Callable[[str], None],
+) -> None:
+    """Say what was assumed of a batch that nobody stated."""
+    from engines.tensorrt.profile import free_batches
+
+    known = {size for name in given for size in inputs[name]}
+    free = [size for size in free_batches(inputs) if size not in known]
+    if free:
+        first = next(name for name, sizes in inputs.items() if sizes and sizes[0] in free)
+        shape = ",".join("x".join(map(str, one)) for one in vars(resolved[first]).values())
+        note(
+            f"the batch is open: building for {batch.smallest} to {batch.largest}, tuned for {batch.usual} "
+            f"(--shapes {first}:{shape} says otherwise)"
+        )

@@ -23,6 +23,7 @@ from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.runtime import captured_log, deserialize
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import tensorrt as trt
     from polygraphy.backend.trt import CreateConfig
 
@@ -61,6 +62,8 @@ class Source:
         layers: names of the model's layers, for messages.
         external: its external-data files.
         facts: what it says of itself.
+        products: all its convolutions and matrix products.
+        types: of its codes.
     """
 
     path: Path
@@ -69,15 +72,17 @@ class Source:
     layers: Sequence[str] = ()
     external: Sequence[Path] = ()
     facts: Mapping[str, Any] | None = None
+    products: Sequence[str] = ()
+    types: frozenset[ir.DataType] = frozenset()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A built plan, not yet on disk."""
+    """A built plan, not yet on disk; ``layers`` is what TensorRT's inspector says of it."""
 
     content: bytes = field(repr=False)
     facts: PlanFacts
-    layers: EngineLayers
+    layers: EngineLayers | None = None
 
 
 def build_plan(source: Source, settings: BuildSettings, machine: Machine) -> Plan:

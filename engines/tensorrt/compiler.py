@@ -7,21 +7,26 @@ the compiler refuses, and that it crashed, come back as a :class:`Refusal` and n
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dmq_export.errors import DmqError
 from dmq_export.extras import require
 from engines.tensorrt.layer_table import LayerTable, read_layer_table
+from engines.tensorrt.log import NOISE, REPORT, explain
 from engines.tensorrt.profile import ShapeRange
 
 Capability = tuple[int, int]
 ERRORS = ("ERROR", "INTERNAL_ERROR")
+LOOK_SECONDS = 0.2
+KILLED = -9  # the exit status of a process that the system ended
 START = (  # isolated, so that nothing in the folder that the user stands in is imported instead of what it is called
     "import json, sys; from pathlib import Path; sys.path[:] = json.loads(sys.argv[1]); "
     "from engines.tensorrt.worker import main; main(Path(sys.argv[2]))"
@@ -74,12 +79,28 @@ class Refusal:
         by: who refused; ``crash`` where the builder's process died.
         errors: the parser's, by node.
         log: the errors in the log, oldest first; for a crash its last lines.
+        status: with which a crashed process ended, negative for a signal.
     """
 
     by: Literal["parser", "builder", "crash"]
     errors: tuple[NodeError, ...]
     log: tuple[str, ...]
     version: str = ""
+    status: int = 0
+
+    def text(self, layers: Sequence[str] = ()) -> str:
+        """Where, why, and what to do, on one line.
+
+        Args:
+            layers: the model's layers, to be named instead of their nodes.
+        """
+        if self.by == "crash":
+            if self.status == KILLED:
+                return "the system ended the builder, as it does where memory runs out: use a machine with more"
+            return f"the builder crashed (exit status {self.status}): {REPORT}"
+        first = self.errors[0] if self.errors else NodeError("", "", "", "")
+        lines = [line for text in (first.text, *self.log) for line in text.splitlines() if not re.search(NOISE, line)]
+        return explain([*lines, first.code], layers, first.node).text()
 
 
 @dataclass(frozen=True)
@@ -91,37 +112,65 @@ class Compiled:
     table: LayerTable
 
 
-def compile_onnx(request: Request) -> Compiled | Refusal:
+def compile_onnx(request: Request, watch: Callable[[str], None] = lambda phase: None) -> Compiled | Refusal:
     """Parse and build; seconds to minutes.
 
+    Args:
+        watch: called a few times a second with the name of the compiler's current phase.
+
     Raises:
-        DmqError: TensorRT-RTX or Polygraphy is not installed.
+        DmqError: TensorRT-RTX or Polygraphy is not installed, or does not load, or the disk has no room.
     """
     require("compiling for TensorRT-RTX", "tensorrt_rtx", "polygraphy")
-    with _finished(request) as (folder, stderr):
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
-        lines = [text for _, text in log]
+    with _finished(request, watch) as (folder, status):
+        log = _log(folder)
         if not (folder / "result.json").exists():
-            return Refusal("crash", (), tuple([*lines, *stderr.splitlines()][-5:]))
+            stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
+            last = [*(text for _, text in log), *stderr.splitlines()][-5:]
+            return Refusal("crash", (), tuple(last), status=status)
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if "problem" in result:
+            raise DmqError(f"TensorRT-RTX cannot compile {request.onnx}: {result['problem']}")
         errors = tuple(NodeError(**error) for error in result["errors"])
-        said = tuple(text for severity, text in log if severity in ERRORS)
+        said = tuple(text for severity, text in log if severity in ERRORS and not re.search(NOISE, text))
         engine = folder / "engine"
         if errors:
             return Refusal("parser", errors, said, result["version"])
         if not engine.exists() and not request.parse_only:
             return Refusal("builder", (), said, result["version"])
         content = engine.read_bytes() if engine.exists() else b""
-        return Compiled(result["version"], content, read_layer_table(lines))
+        return Compiled(result["version"], content, read_layer_table([text for _, text in log]))
+
+
+def _log(folder: Path) -> list[tuple[str, str]]:
+    """Severity and text of each entry; the last line may be cut off by a crash."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")
+    return [tuple(json.loads(line)) for line in lines[:-1]]
 
 
 @contextmanager
-def _finished(request: Request) -> Iterator[tuple[Path, str]]:
-    """The folder that the worker left, and what it wrote to stderr."""
-    with tempfile.TemporaryDirectory(prefix="dmq-trt-") as name:
+def _finished(request: Request, watch: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+    """The folder that the worker left, and its exit status; however this ends, the worker has ended."""
+    with tempfile.TemporaryDirectory(prefix="dmq-trt-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request.to_json()), encoding="utf-8")
         (folder / "log.jsonl").touch()
         command = [sys.executable, "-I", "-c", START, json.dumps(sys.path), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        yield folder, result.stderr
+        with (folder / "stderr").open("wb") as stderr:
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr)
+            try:
+                _watch(worker, folder / "phase", watch)
+            finally:
+                worker.kill()
+                worker.communicate()
+        yield folder, worker.returncode
+
+
+def _watch(worker: subprocess.Popen[bytes], phase: Path, watch: Callable[[str], None]) -> None:
+    while True:
+        try:
+            worker.wait(LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            watch(phase.read_text(encoding="utf-8") if phase.exists() else "")
+        else:
+            return

@@ -28,7 +28,7 @@ BITS = {
     "Int4": 4,
     "FP4": 4,
 }
-PRODUCTS = frozenset({"correlation", "gemm", "conv"})  # convolutions and matrix products
+PRODUCTS = frozenset({"convolution", "matrix product"})
 NO_KERNELS = frozenset({"wait", "signal", "shape_call"})  # what the table lists beside kernels
 KINDS = {  # the table's word: ours
     "correlation": "convolution",
@@ -37,6 +37,7 @@ KINDS = {  # the table's word: ours
     "kgen": "pointwise",
     "fmha": "fused attention",
 }
+NAMED = (("mha", "fused attention"), ("Fc", "matrix product"), ("Inor", "normalization"))  # where the word says nothing
 LINE = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: .*?Metadata: ?(?P<metadata>.*)"
@@ -79,11 +80,13 @@ class Kernel:
     @property
     def kind(self) -> str:
         """In words."""
-        return KINDS.get(self.type, "fused attention" if "mha" in f"{self.type}{self.name}".lower() else "other")
+        if self.type in KINDS:
+            return KINDS[self.type]
+        return next((kind for part, kind in NAMED if part in f"{self.type}{self.name}"), "other")
 
     @property
     def is_product(self) -> bool:
-        return self.type in PRODUCTS
+        return self.kind in PRODUCTS
 
     @property
     def integer(self) -> bool:
@@ -128,6 +131,11 @@ class LayerTable:
         """Those of the ONNX nodes ``wanted`` that an integer kernel computes."""
         integer = {node for kernel in self.kernels if kernel.integer for node in kernel.nodes}
         return tuple(name for name in wanted if name in integer)
+
+    def float_nodes(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Those of the ONNX nodes ``wanted`` that a convolution or matrix product of another type computes."""
+        other = {node for kernel in self.kernels if kernel.is_product and not kernel.integer for node in kernel.nodes}
+        return tuple(name for name in wanted if name in other)
 
 
 def read_layer_table(log: str | Sequence[str]) -> LayerTable:

@@ -22,6 +22,7 @@ from engines.tensorrt.summary import KernelSummary
 
 SCHEMA = 2
 Runtime = Literal["tensorrt", "tensorrt-rtx"]
+RuntimeChoice = Literal["auto", "tensorrt", "tensorrt-rtx"]
 RUNTIME_NAMES: dict[Runtime, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 HardwareCompatibility = Literal["none", "same-compute-capability", "ampere-plus"]
 AMPERE = (8, 0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+from dmq_export.batch import Batch
 from dmq_export.errors import DmqError
 
 Shape = tuple[int, ...]
@@ -45,8 +46,13 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, ShapeRange]:
     return ranges
 
 
-def resolve_shapes(inputs: Mapping[str, Sizes], given: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+def resolve_shapes(
+    inputs: Mapping[str, Sizes], given: Mapping[str, ShapeRange], batch: Batch | None = None
+) -> dict[str, ShapeRange]:
     """A range for every input: as given, or by the names of sizes that a given input has in common with it.
+
+    Args:
+        batch: for what stays open of the sizes that :func:`free_batches` finds.
 
     Raises:
         DmqError: a given shape does not suit its input, or the size of another input stays unknown.
@@ -56,7 +62,16 @@ def resolve_shapes(inputs: Mapping[str, Sizes], given: Mapping[str, ShapeRange])
             raise DmqError(f"the model has no input {name!r}: it takes {', '.join(inputs)}")
         _require_fit(name, inputs[name], chosen)
     sizes = _named_sizes(inputs, given)
+    if batch is not None:
+        sizes = dict.fromkeys(free_batches(inputs), astuple(batch)) | sizes
     return {name: given.get(name) or _derived(name, shape, sizes) for name, shape in inputs.items()}
+
+
+def free_batches(inputs: Mapping[str, Sizes]) -> list[str]:
+    """The open sizes that are the first of every input that has them."""
+    first = dict.fromkeys(sizes[0] for sizes in inputs.values() if sizes and isinstance(sizes[0], str))
+    others = {size for sizes in inputs.values() for size in sizes[1:]}
+    return [str(size) for size in first if size not in others]
 
 
 def _shape(text: str) -> Shape | None:
