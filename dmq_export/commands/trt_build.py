@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
 
 from dmq_export.batch import Batch
 from dmq_export.errors import CheckFailedError, DmqError
 from dmq_export.files import require_file, require_room
+from dmq_export.float_twin import float_twin
 from dmq_export.lint import lint_model, require_buildable
 from dmq_export.lint.view import QdqGraph
 from dmq_export.memory import in_words
@@ -17,8 +22,6 @@ from dmq_export.onnx_file import Sizes, external_files, facts_of, input_sizes, l
 from dmq_export.progress import Progress
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from engines.tensorrt.build import BuildSettings, Plan, Source
     from engines.tensorrt.compiler import Capability
     from engines.tensorrt.inspector import EngineLayers
@@ -111,7 +114,7 @@ def build_engine(
     runtime = choose_runtime(order, settings)
     source = read_source(model, onnx, order.shapes or {}, note)
     require_room(output.parent, sum(path.stat().st_size for path in (onnx, *source.external)))
-    plan = _tensorrt(source, settings, note) if runtime == "tensorrt" else _rtx(model, source, order, progress, note)
+    plan = _tensorrt(source, settings, note) if runtime == "tensorrt" else _rtx(model, source, order, progress)
     if order.strict:
         require_integer(plan)
     save_plan(plan.content, output, plan.facts)
@@ -168,7 +171,7 @@ def read_source(model: ir.Model, onnx: Path, shapes: Mapping[str, ShapeRange], n
     from engines.tensorrt.profile import resolve_shapes
     from engines.tensorrt.summary import layer_names
 
-    graph, facts, inputs = QdqGraph(model), facts_of(model), input_sizes(model)
+    facts, inputs = facts_of(model), input_sizes(model)
     nodes = integer_nodes(model)
     batch = _stated_batch(facts) or BATCH
     resolved = resolve_shapes(inputs, shapes, batch)
@@ -180,8 +183,8 @@ def read_source(model: ir.Model, onnx: Path, shapes: Mapping[str, ShapeRange], n
         layers=tuple(layer_names(nodes)),
         external=tuple(external_files(model, onnx.parent)),
         facts=facts,
-        products=tuple(node.name for node in graph.weighted if node.name),
-        types=frozenset(each.type for each in graph.quantizers),
+        products=_products(model),
+        types=frozenset(each.type.name for each in QdqGraph(model).quantizers),
     )
 
 
@@ -222,11 +225,30 @@ def _tensorrt(source: Source, settings: BuildSettings, note: Callable[[str], Non
     return build_plan(source, settings, machine)
 
 
-def _rtx(model: ir.Model, source: Source, order: Order, progress: Progress, note: Callable[[str], None]) -> Plan:
-    from engines.tensorrt.rtx_build import build_rtx_plan
+def _rtx(model: ir.Model, source: Source, order: Order, progress: Progress) -> Plan:
+    from engines.tensorrt.rtx_build import build_rtx_plan, kernels_of
 
     with progress.stage("building with TensorRT-RTX", None, "phase") as advance:
-        return build_rtx_plan(source, order.capabilities, lambda phase: advance(0, phase))
+        plan = build_rtx_plan(source, order.capabilities, lambda phase: advance(0, phase))
+    if not order.beside_float16:
+        return plan
+    with progress.stage("building its float16 graph", None, "phase") as advance, _twin(model, source) as twin:
+        float16 = kernels_of(twin, order.capabilities, lambda phase: advance(0, phase))
+    return replace(plan, facts=replace(plan.facts, float16=float16))
+
+
+@contextmanager
+def _twin(model: ir.Model, source: Source) -> Iterator[Source]:
+    """The graph without its quantizers, in a file that goes away."""
+    with tempfile.TemporaryDirectory(prefix="dmq-float16-") as folder:
+        path = Path(folder) / f"{source.path.stem}-float16.onnx"
+        twin = float_twin(model)
+        ir.save(twin, path, external_data=f"{path.name}.data")  # protobuf alone ends at 2 GiB
+        yield replace(source, path=path, integer_nodes=(), products=_products(twin))
+
+
+def _products(model: ir.Model) -> tuple[str, ...]:
+    return tuple(node.name for node in QdqGraph(model).weighted if node.name)
 
 
 def _refuse(options: Any, runtime: str, way: str) -> None:

@@ -23,7 +23,6 @@ from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.runtime import captured_log, deserialize
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import tensorrt as trt
     from polygraphy.backend.trt import CreateConfig
 
@@ -63,7 +62,7 @@ class Source:
         external: its external-data files.
         facts: what it says of itself.
         products: all its convolutions and matrix products.
-        types: of its codes.
+        types: ONNX types of its codes.
     """
 
     path: Path
@@ -73,7 +72,7 @@ class Source:
     external: Sequence[Path] = ()
     facts: Mapping[str, Any] | None = None
     products: Sequence[str] = ()
-    types: frozenset[ir.DataType] = frozenset()
+    types: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import onnx_ir as ir
-
 from dmq_export.errors import DmqError
 from engines.tensorrt.compiler import Capability
 
 SUPPORTED: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # by TensorRT-RTX 1.7.1
 # NVIDIA's documentation of what an engine runs on where the builder is told nothing: Ampere and later, without Turing
 DEFAULT: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
-FIRST_WITH = {ir.DataType.FLOAT8E4M3FN: (8, 9), ir.DataType.FLOAT4E2M1: (12, 0)}  # the builder refuses older GPUs
+FIRST_WITH = {"FLOAT8E4M3FN": (8, 9), "FLOAT4E2M1": (12, 0)}  # the builder refuses older GPUs
 
 
 def parse_capabilities(texts: Sequence[str]) -> tuple[Capability, ...]:
@@ -28,8 +26,8 @@ def parse_capabilities(texts: Sequence[str]) -> tuple[Capability, ...]:
     return tuple(sorted({known[text] for text in texts}))
 
 
-def runs_on(asked: Sequence[Capability], types: Iterable[ir.DataType]) -> tuple[str, ...]:
-    """Where an engine runs that was built for ``asked``, or for the default, from a graph with codes of ``types``."""
+def runs_on(asked: Sequence[Capability], types: Iterable[str]) -> tuple[str, ...]:
+    """Where an engine built for ``asked``, or for the default, runs whose graph has codes of the ONNX ``types``."""
     oldest = max((FIRST_WITH.get(each, SUPPORTED[0]) for each in types), default=SUPPORTED[0])
     return tuple(written(pair) for pair in asked or DEFAULT if pair >= oldest)
 

@@ -37,7 +37,7 @@ KINDS = {  # the table's word: ours
     "kgen": "pointwise",
     "fmha": "fused attention",
 }
-NAMED = (("mha", "fused attention"), ("Fc", "matrix product"), ("Inor", "normalization"))  # where the word says nothing
+NAMED = (("Fc", "matrix product"), ("Inor", "normalization"))  # parts of names, where the table's word says nothing
 LINE = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: .*?Metadata: ?(?P<metadata>.*)"
@@ -80,9 +80,9 @@ class Kernel:
     @property
     def kind(self) -> str:
         """In words."""
-        if self.type in KINDS:
-            return KINDS[self.type]
-        return next((kind for part, kind in NAMED if part in f"{self.type}{self.name}"), "other")
+        if "mha" in self.name:  # also where it is a generated kernel
+            return "fused attention"
+        return KINDS.get(self.type) or next((kind for part, kind in NAMED if part in self.name), "other")
 
     @property
     def is_product(self) -> bool:
