@@ -178,7 +178,7 @@ def lint(file: Path, as_json: bool) -> None:
 @click.argument("path", type=FOLDER)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint folder, an ONNX file, or a TensorRT plan."""
+    """Say what PATH is: a checkpoint folder, an ONNX file, or a plan of TensorRT or TensorRT-RTX."""
     from dmq_export.commands.inspect import inspect as run
 
     result = run(path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """A TensorRT plan, as the file beside it describes it; ``intact``: whether its hash is the recorded one."""
+    """A plan, as the file beside it describes it; ``intact``: whether its hash is the recorded one."""
 
     path: Path
     file_bytes: int
@@ -31,27 +31,43 @@ class PlanSummary:
 
     def text(self) -> str:
         """Where it runs, what it takes, what it is made of."""
-        facts, machine = self.facts, self.facts.machine
+        facts = self.facts
         shapes = [
             (name, *("x".join(map(str, shape)) or "scalar" for shape in (each.minimum, each.optimum, each.maximum)))
             for name, each in facts.shapes.items()
         ]
-        layers = [(name, str(count)) for name, count in facts.layers.items()]
         known = facts.facts
         model = "a model of another tool" if known is None else f"{known.get('bits')} {known.get('model')}"
         state = "as built" if self.intact else "CHANGED since it was built: it will be refused"
         return "\n\n".join(
             [
-                f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n"
-                f"built with {machine.title} for {machine.gpu} (compute capability "
-                f"{machine.compute_capability}) on {machine.platform}\n"
-                f"version compatible: {_yes(facts.version_compatible)}, hardware compatible: "
-                f"{facts.hardware_compatible}, weights inside: {_yes(not facts.stripped)}",
+                f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n{_where(facts)}",
                 table(("input", "smallest", "most frequent", "largest"), shapes),
-                table(("engine layers", "count"), layers, right=(1,)),
+                _made_of(facts),
                 "from " + ", ".join(f"{name} ({digest[:12]})" for name, digest in facts.onnx_sha256.items()),
             ]
         )
+
+
+def _where(facts: PlanFacts) -> str:
+    """What built it, and where it runs."""
+    machine = facts.machine
+    built = f"built with {machine.title} on {machine.platform}"
+    if facts.runtime == "tensorrt-rtx":
+        return f"{built} for GPUs of compute capability {', '.join(facts.capabilities)}"
+    return (
+        f"{built} for {machine.gpu} (compute capability {machine.compute_capability})\n"
+        f"version compatible: {_yes(facts.version_compatible)}, hardware compatible: "
+        f"{facts.hardware_compatible}, weights inside: {_yes(not facts.stripped)}"
+    )
+
+
+def _made_of(facts: PlanFacts) -> str:
+    from engines.tensorrt.summary import summary_text
+
+    if facts.kernels is not None:
+        return summary_text(facts.kernels, facts.float16)
+    return table(("engine layers", "count"), [(name, str(count)) for name, count in facts.layers.items()], right=(1,))
 
 
 def inspect(path: Path) -> CheckpointSummary | OnnxSummary | PlanSummary:

@@ -94,7 +94,7 @@ class Build:
 def build_engine(
     onnx: Path, output: Path, order: Order, settings: BuildSettings, progress: Progress, note: Callable[[str], None]
 ) -> Build:
-    """Lint ``onnx``, then build it; the plan and its ``engine.json`` are written together or not at all.
+    """Find a runtime, lint ``onnx``, build it; the plan and its ``engine.json`` are written together or not at all.
 
     Args:
         settings: for TensorRT.
@@ -109,9 +109,9 @@ def build_engine(
     if output.suffix != ".plan":
         raise DmqError(f"{output} must end in .plan, as sample expects")
     require_file(output)
+    runtime = choose_runtime(order, settings)
     model = load_onnx(onnx)
     require_clean(model, onnx, note)
-    runtime = choose_runtime(order, settings)
     source = read_source(model, onnx, order.shapes or {}, note)
     require_room(output.parent, sum(path.stat().st_size for path in (onnx, *source.external)))
     plan = _tensorrt(source, settings, note) if runtime == "tensorrt" else _rtx(model, source, order, progress)

@@ -123,12 +123,12 @@ def compile_onnx(request: Request, watch: Callable[[str], None] = lambda phase: 
     """
     require("compiling for TensorRT-RTX", "tensorrt_rtx", "polygraphy")
     with _finished(request, watch) as (folder, status):
+        result = _result(folder)
         log = _log(folder)
-        if not (folder / "result.json").exists():
+        if result is None:
             stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
             last = [*(text for _, text in log), *stderr.splitlines()][-5:]
             return Refusal("crash", (), tuple(last), status=status)
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if "problem" in result:
             raise DmqError(f"TensorRT-RTX cannot compile {request.onnx}: {result['problem']}")
         errors = tuple(NodeError(**error) for error in result["errors"])
@@ -142,9 +142,19 @@ def compile_onnx(request: Request, watch: Callable[[str], None] = lambda phase: 
         return Compiled(result["version"], content, read_layer_table([text for _, text in log]))
 
 
+def _result(folder: Path) -> dict[str, Any] | None:
+    """What the worker left, or None where it did not come to an end."""
+    path = folder / "result.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    except ValueError:
+        return {"problem": f"{folder.parent} is full: make room, or name another folder with TMPDIR"}
+
+
 def _log(folder: Path) -> list[tuple[str, str]]:
     """Severity and text of each entry; the last line may be cut off by a crash."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     return [tuple(json.loads(line)) for line in lines[:-1]]
 
 
@@ -153,8 +163,12 @@ def _finished(request: Request, watch: Callable[[str], None]) -> Iterator[tuple[
     """The folder that the worker left, and its exit status; however this ends, the worker has ended."""
     with tempfile.TemporaryDirectory(prefix="dmq-trt-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(request.to_json()), encoding="utf-8")
-        (folder / "log.jsonl").touch()
+        try:
+            (folder / "request.json").write_text(json.dumps(request.to_json()), encoding="utf-8")
+        except OSError as error:
+            raise DmqError(
+                f"cannot write {folder}: {error.strerror}: make room, or name another folder with TMPDIR"
+            ) from error
         command = [sys.executable, "-I", "-c", START, json.dumps(sys.path), str(folder)]
         with (folder / "stderr").open("wb") as stderr:
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr)

@@ -107,13 +107,16 @@ def save_plan(content: bytes | memoryview, path: Path, facts: PlanFacts) -> None
     """Write the plan and its facts: both or neither.
 
     Raises:
-        DmqError: the folder cannot be written.
+        DmqError: the folder cannot be written, or has no room.
     """
     companion = facts_path(path)
-    with atomic_files(path, companion.name) as scratch:
-        scratch.write_bytes(content)
-        text = json.dumps({"schema": SCHEMA, **asdict(facts)}, indent=1)
-        scratch.with_name(companion.name).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"schema": SCHEMA, **asdict(facts)}, indent=1)
+    try:
+        with atomic_files(path, companion.name) as scratch:
+            scratch.write_bytes(content)
+            scratch.with_name(companion.name).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DmqError(f"cannot write {path} ({len(content)} bytes): {error.strerror}") from error
 
 
 def read_facts(path: Path) -> PlanFacts:

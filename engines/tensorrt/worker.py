@@ -29,10 +29,16 @@ def main(folder: Path) -> None:
         trt = import_module(MODULES[request["runtime"]])
         with (folder / "log.jsonl").open("w", encoding="utf-8", buffering=1) as stream:
             result = _compile(trt, request, _logger(trt, stream), folder)
+        _leave(folder, result)
     except ImportError as error:
-        result = {"problem": f"it does not load: {str(error).splitlines()[0]}"}
-    except OSError as error:  # the disk is full, or the file is gone
-        result = {"problem": f"nothing can be kept in {folder.parent}: {error.strerror or error}"}
+        _leave(folder, {"problem": f"it does not load: {str(error).splitlines()[0]}"})
+    except OSError as error:
+        for name in ("engine", "log.jsonl"):  # on a full disk, room for the reason
+            (folder / name).unlink(missing_ok=True)
+        _leave(folder, {"problem": f"{error.strerror or error} ({folder.parent}): name another folder with TMPDIR"})
+
+
+def _leave(folder: Path, result: dict[str, Any]) -> None:
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
