@@ -1,7 +1,7 @@
 """What scripts/verify_tensorrt.sh needs besides the command line.
 
     python bench/trt_verdict.py shapes int8.onnx 2                 # the --shapes of trt-build for a batch of 2
-    python bench/trt_verdict.py unquantize int8.onnx float16.onnx  # the same graph without quantizers
+    python bench/trt_verdict.py unquantize int8.onnx float16.onnx  # the float16 graph before it was quantized
     python bench/trt_verdict.py verdict CHECKPOINT FOLDER          # numbers and speed of the engines in FOLDER
 
 Shapes and graphs need no GPU; the verdict needs TensorRT and has not been run by us.
@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dmq_export.lint.view import QdqGraph
+from dmq_export.float_twin import float_twin
 from dmq_export.onnx_file import input_sizes, load_onnx
 from dmq_export.table import table
 from dmq_export.verify import rms_ratio
@@ -33,40 +33,6 @@ def shape_option(model: ir.Model, batch: int) -> str:
     """``sample:2x4x64x64`` for the only size that our exports leave open."""
     sizes = input_sizes(model)["sample"]
     return "sample:" + "x".join(str(size if isinstance(size, int) else batch) for size in sizes)
-
-
-def unquantize(model: ir.Model) -> None:
-    """Take every quantizer out of ``model``, in place: weights become what they stand for, in the scale's type.
-
-    Postcondition: no QuantizeLinear or DequantizeLinear is left.
-    """
-    for each in [each for each in QdqGraph(model).quantizers if each.dequantizes]:
-        value = _float_weight(each) if each.of_weight else _before(each)
-        ir.convenience.replace_all_uses_with(each.output, value)
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
-
-
-def _before(each: Any) -> ir.Value:
-    codes = each.codes_of()
-    if codes is None:
-        raise SystemExit(f"{each.node.name} dequantizes what no QuantizeLinear made")
-    value: ir.Value = codes.data
-    return value
-
-
-def _float_weight(each: Any) -> ir.Value:
-    """The weight as an initializer of the scale's type."""
-    codes = each.data.const_value.numpy()
-    shape = [1] * codes.ndim
-    if each.scales.size > 1:
-        shape[each.axis] = -1
-    weight = codes.astype(each.scales.dtype) * each.scales.reshape(shape)
-    name = f"{each.node.name}/float"
-    value = ir.Value(name=name, const_value=ir.tensor(weight, name=name))
-    each.node.graph.register_initializer(value)
-    return value
 
 
 def verdict(checkpoint_folder: Path, folder: Path) -> bool:
@@ -116,11 +82,9 @@ def main() -> None:
     if command == "shapes":
         print(shape_option(load_onnx(Path(arguments[0])), int(arguments[1])))
     elif command == "unquantize":
-        model = load_onnx(Path(arguments[0]))
-        unquantize(model)
         from dmq_export.export import save_onnx
 
-        save_onnx(model, Path(arguments[1]))
+        save_onnx(float_twin(load_onnx(Path(arguments[0]))), Path(arguments[1]))
     elif command == "verdict":
         good = verdict(Path(arguments[0]), Path(arguments[1]))
         print("VERDICT:", "TensorRT runs the exported integers" if good else "TensorRT does NOT run what was exported")

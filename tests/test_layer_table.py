@@ -38,3 +38,21 @@ def test_a_product_is_integer_where_its_data_are() -> None:
 
 def test_a_log_without_a_table_has_no_kernels() -> None:
     assert read_layer_table("nothing\nName: x").kernels == ()
+
+
+def test_kinds_follow_from_names_where_types_do_not_tell() -> None:
+    line = LOG.splitlines()[2]
+    named = {
+        "_gemm_mha_v2_myl0_47": ("kgen", "fused attention"),
+        "__myl_FcAddSilu_myl0_9": ("runtime_fusion", "matrix product"),
+        "__myl_Inor_myl0_32": ("runtime_function", "normalization"),
+        "__myl_Other_myl0_1": ("runtime_function", "other"),
+    }
+    lines = [line.replace("__myl_Quan_myl0_1,", f"{name},").replace("kgen", kind) for name, (kind, _) in named.items()]
+    assert [kernel.kind for kernel in read_layer_table(lines).kernels] == [kind for _, kind in named.values()]
+
+
+def test_float_products_are_found() -> None:
+    table = read_layer_table(LOG.replace("q, Dimensions: [4,8], " + INT8, "q, Dimensions: [4,8], " + HALF))
+    assert table.float_nodes(["l/product", "l/codes"]) == ("l/product",)
+    assert read_layer_table(LOG).float_nodes(["l/product"]) == ()

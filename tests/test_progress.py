@@ -143,3 +143,12 @@ def test_the_log_has_a_line_of_json_for_everything_that_happens(tmp_path: Path) 
 
 def test_the_bar_names_what_was_done() -> None:
     assert "to_k" in drawn("advance(1, 'to_q'); advance(4, 'to_k')").stderr
+
+
+def test_a_stage_of_unknown_length_says_what_it_does_and_since_when(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dmq_export.progress, "LINE_SECONDS", 0.0)
+    with Progress().stage("building", None, "phase") as advance:
+        advance(0, "Optimizing graph")
+    assert capsys.readouterr().err == "building: 00:00 gone Optimizing graph\n"

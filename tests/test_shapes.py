@@ -2,8 +2,9 @@
 
 import pytest
 
+from dmq_export.batch import Batch
 from dmq_export.errors import DmqError
-from engines.tensorrt.profile import ShapeRange, parse_shapes, resolve_shapes
+from engines.tensorrt.profile import ShapeRange, free_batches, parse_shapes, resolve_shapes
 
 INPUTS = {"sample": ("batch", 4, "height", "width"), "timestep": (), "labels": ("batch",), "table": (7, 2)}
 RANGE = ShapeRange((1, 4, 8, 8), (2, 4, 8, 16), (4, 4, 32, 32))
@@ -67,3 +68,15 @@ def test_fixed_inputs_need_nothing() -> None:
 def test_what_does_not_fit_the_model_is_refused(given: dict[str, ShapeRange], message: str) -> None:
     with pytest.raises(DmqError, match=message):
         resolve_shapes(INPUTS, given)
+
+
+def test_a_batch_serves_what_is_first_wherever_it_is() -> None:
+    inputs: dict[str, tuple[int | str, ...]] = {"sample": ("batch", 4), "labels": ("batch",), "other": ("n", "n")}
+    assert free_batches(inputs) == ["batch"]
+    batch = Batch(1, 2, 8)
+    with pytest.raises(DmqError, match="has the open size 'n'"):
+        resolve_shapes(inputs, {}, batch)
+    given = {"other": ShapeRange((3, 3), (3, 3), (3, 3))}
+    assert resolve_shapes(inputs, given, batch)["labels"] == ShapeRange((1,), (2,), (8,))
+    given["labels"] = ShapeRange((5,), (5,), (5,))
+    assert resolve_shapes(inputs, given, batch)["sample"] == ShapeRange((5, 4), (5, 4), (5, 4))

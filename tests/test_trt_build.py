@@ -1,4 +1,4 @@
-"""``trt-build``: everything around the build itself, which needs a GPU and is replaced here."""
+"""``trt-build`` for TensorRT: everything around the build itself, which needs a GPU and is replaced here."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from test_plan import MACHINE
 from dmq_export.cli import main
 from dmq_export.commands.trt_build import integer_nodes, read_source
 from dmq_export.errors import DmqError
+from dmq_export.onnx_file import load_onnx
 from engines.tensorrt import build as trt_build
 from engines.tensorrt import environment as trt_environment
 from engines.tensorrt.plan_file import read_plan
@@ -51,6 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked.update(source=source, settings=settings)
         return PLAN
 
+    monkeypatch.setattr(trt_environment, "missing", list)
     monkeypatch.setattr(trt_environment, "require_tensorrt", lambda: MACHINE)
     monkeypatch.setattr(trt_build, "_engine_bytes", build)
     monkeypatch.setattr(trt_build, "deserialize", lambda content, *, host_code: content)
@@ -80,21 +82,17 @@ def test_a_layer_that_is_not_what_it_was_meant_to_be_is_told(onnx: Path, out: Pa
     assert json.loads(run(onnx, "-o", out / "m.plan", "--json").stdout)["not_integer"] == ["layer3/Conv"]
 
 
-def test_without_tensorrt_the_linter_runs_and_nothing_is_written(
-    onnx: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_runtime_is_said_before_all_else(onnx: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_environment, "missing", lambda: ["no NVIDIA driver: use a machine with one"])
-    result = run(onnx, "-o", out / "m.plan")
+    result = run(onnx, "-o", out / "m.plan", "--shapes", "y:1", "--runtime", "tensorrt")
     assert (result.exit_code, result.stdout) == (2, "")
-    noted, error = result.stderr.splitlines()
-    assert noted == f"{onnx} keeps TensorRT's rules, 0 warnings (dmq-export lint shows them)"
-    assert error == "Error: TensorRT cannot work here: no NVIDIA driver: use a machine with one"
+    assert result.stderr == "Error: TensorRT cannot work here: no NVIDIA driver: use a machine with one\n"
     assert list(out.iterdir()) == []
 
 
 def test_what_the_linter_refuses_is_not_built(tiny_onnx: Path, out: Path, gpu: dict[str, Any]) -> None:
     result = run(tiny_onnx, "-o", out / "m.plan")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert "cannot become a TensorRT engine" in result.stderr
     assert list(out.iterdir()) == []
     assert "source" not in gpu
@@ -126,6 +124,8 @@ def test_a_failing_build_leaves_what_was_there(
         (["-o", "m.plan", "--workspace", "much"], "'much' is no size"),
         (["-o", "m.plan", "--optimization-level", "6"], "6 is not in the range"),
         (["-o", "m.plan", "--hardware-compatible", "all"], "'all' is not one of 'none'"),
+        (["-o", "m.plan", "--compute-capability", "9.0"], "9.0 is not one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"),
+        (["-o", "m.plan", "--workspace", "1G"], "--workspace is for TensorRT, which is not what builds here"),
     ],
 )
 def test_mistakes_are_one_line(onnx: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +157,45 @@ def test_sizes_that_inputs_share_need_one_shape(tmp_path: Path) -> None:
     b = GraphBuilder()
     total = b.op("Add", b.input("sample", "batch", 4), b.input("other", "batch", 1))
     ir.save(b.model(total), tmp_path / "m.onnx")
-    source = read_source(tmp_path / "m.onnx", parse_shapes(["sample:1x4,2x4,8x4"]), lambda line: None)
-    assert source.shapes["other"] == ShapeRange((1, 1), (2, 1), (8, 1))
+    model, notes = load_onnx(tmp_path / "m.onnx"), list[str]()
+    source = read_source(model, tmp_path / "m.onnx", parse_shapes(["sample:1x4,4x4,16x4"]), notes.append)
+    assert source.shapes["other"] == ShapeRange((1, 1), (4, 1), (16, 1))
+    assert notes == []
+
+
+@pytest.mark.parametrize(("stated", "sizes"), [(None, (1, 2, 8)), ([2, 3, 4], (2, 3, 4))])
+def test_a_batch_that_nobody_gives_is_what_the_file_states(stated: object, sizes: tuple[int, ...]) -> None:
+    b = GraphBuilder()
+    model = b.model(b.op("Add", b.input("sample", "batch", 4), b.input("other", "batch", 1)))
+    model.metadata_props["dmq"] = json.dumps({"batch": stated})
+    notes: list[str] = []
+    source = read_source(model, Path("m.onnx"), {}, notes.append)
+    assert source.shapes["other"] == ShapeRange(*((size, 1) for size in sizes))
+    assert notes == [
+        f"the batch is open: building for {sizes[0]} to {sizes[2]}, tuned for {sizes[1]} "
+        + "(--shapes sample:{}x4,{}x4,{}x4 says otherwise)".format(*sizes)
+    ]
+
+
+def test_another_size_than_the_batch_must_be_given() -> None:
+    b = GraphBuilder()
+    model = b.model(b.op("Neg", b.input("sample", "batch", 4, "width")))
+    with pytest.raises(DmqError, match=r"has the open size 'width': give --shapes sample:MIN,OPT,MAX"):
+        read_source(model, Path("m.onnx"), {}, lambda line: None)
+
+
+def test_an_engine_that_is_not_as_meant_is_refused_where_that_is_asked(
+    onnx: Path, out: Path, gpu: dict[str, Any]
+) -> None:
+    gpu["kernels"] = [layer("layer3/Conv", "CaskConvolution", HALF, HALF)]
+    result = run(onnx, "-o", out / "m.plan", "--strict")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "--strict: 1 products meant for Int8 run in float, nothing is written: layer3;" in result.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_what_only_tensorrt_rtx_knows_is_refused(onnx: Path, out: Path, gpu: dict[str, Any]) -> None:
+    for option in (["--compute-capability", "8.9"], ["--beside-float16"]):
+        result = run(onnx, "-o", out / "m.plan", *option)
+        assert result.exit_code == 2
+        assert f"{option[0]} is for TensorRT-RTX, which is not what builds here" in result.stderr

@@ -44,6 +44,25 @@ KERNEL = "[E] Error Code 2: Internal Error (Could not fuse 2nd input (kernel wei
 MYELIN = (
     "[E] Error Code 9: Internal Error (Could not infer output types for operation: dequantize: conv_out/rounded_input)"
 )
+TYPES = """\
+IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm86, \
+because the model contains HW-specific datatypes: fp8_e4m3. In compileGraph at /_src/codeGenerator.cpp:2012)"""
+FEW = """\
+ITensor::getDimensions: Error Code 3: API Usage Error (step/row: at least 2 dimensions are required for input. In \
+checkNOrMoreDims at /_src/optimizer/api/network.cpp:865)"""
+INITIALIZER = """\
+Failed to import initializer: In node -1 with name:  and operator:  (importInitializers): UNSUPPORTED_NODE: \
+Assertion failed: ctx->getWeightsContext().convertOnnxWeights(initializer, &weights): Failed to import initializer: \
+conv_out/codes"""
+QUANTIZED = """\
+IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Quantized constant (conv_out/codes) is only allowed \
+before DQ or PLUGIN_V2 or kPLUGIN_V3 node. In matchQuantizedConstantPluginOrDQ at /_src/qdqGraphOptimizer.cpp:4327)"""
+CHECK = """\
+IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([myelin_graph.h:1295: attachExceptionMsgToGraph] \
+MyelinCheckException: operand.h:454: CHECK(is_tensor()) failed.  In compileGraph at /_src/codeGenerator.cpp:2012)"""
+UNTYPED = """\
+Assertion failed: convertDtype(output.type().tensor_type().elem_type(), &output_trt_dtype): Failed to convert ONNX \
+date type to TensorRT data type."""
 PLAN = """\
 [E] IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion stdVersionRead == \
 kSERIALIZATION_VERSION failed. The engine plan file is not compatible with this version of TensorRT, expecting \
@@ -64,6 +83,12 @@ library version 11.4.0.106 got 10.16.1.11, please rebuild.)"""
         (IMPORTER, ("q/QLinearConv",), "an operator that is not there", "dmq-export lint"),
         (KERNEL, ("conv_out",), "quantized weights that are not recognised", "dmq-export lint"),
         (MYELIN, ("conv_out",), "types the kernel compiler cannot infer", "--float-layer"),
+        (TYPES, (), "a type that one of the GPUs does not have", "--compute-capability"),
+        (FEW, (), "data of too few dimensions", "dmq-export lint"),
+        (INITIALIZER, ("conv_out",), "a constant of a type that is not read", "dmq-export lint"),
+        (QUANTIZED, ("conv_out",), "an integer constant that no DequantizeLinear reads", "dmq-export lint"),
+        (CHECK, (), "the compiler gave up on the graph", "report it with the ONNX file"),
+        (UNTYPED, (), "an input or output of the graph that states no type", "onnx.shape_inference"),
         (PLAN, (), "a plan of another TensorRT", "build again with the TensorRT that will run the plan"),
     ],
 )
@@ -82,6 +107,11 @@ def test_an_unknown_log_gives_its_last_error() -> None:
     assert failure.reason == "Error Code 7: Internal Error (something new)"
     assert failure.text().startswith("Error Code 7: Internal Error (something new): report it with the ONNX file")
     assert explain([]).reason == "the log gives no reason"
+
+
+def test_the_node_that_the_parser_names_counts_and_positions_in_its_source_do_not() -> None:
+    failure = explain(["something new. In parse at /_src/parser.cpp:12)"], LAYERS, "conv_out/product")
+    assert (failure.layers, failure.log) == (("conv_out",), "something new)")
 
 
 def test_colours_and_times_are_left_out() -> None:

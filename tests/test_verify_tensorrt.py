@@ -8,14 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import click
-import numpy as np
 import onnx_ir as ir
 import pytest
-from qdq import GraphBuilder, conv_model
 
 from dmq_export.cli import main
-from dmq_export.export import serialized
-from engines.ort import OnnxSession
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "verify_tensorrt.sh"
@@ -68,24 +64,3 @@ def test_every_value_it_chooses_is_allowed() -> None:
 
 def test_the_shape_option_fills_in_the_batch(helper: ModuleType, tiny_onnx: Path) -> None:
     assert helper.shape_option(ir.load(tiny_onnx), 3) == "sample:3x1x8x8"
-
-
-def test_the_graph_without_quantizers_computes_the_same_on_the_grid(helper: ModuleType) -> None:
-    """On inputs that quantize without error, both are one float convolution of the dequantized weights."""
-    model = conv_model(dtype=np.float32)
-    x = np.random.default_rng(0).integers(-127, 128, (1, 32, 8, 8)).astype(np.float32) * np.float32(0.1)
-    (expected,) = OnnxSession(serialized(model)).run({"x": x}).values()
-    helper.unquantize(model)
-    assert {node.op_type for node in model.graph} == {"Conv"}
-    (found,) = OnnxSession(serialized(model)).run({"x": x}).values()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-
-
-def test_weights_become_floats_of_the_scales_type(helper: ModuleType) -> None:
-    b = GraphBuilder()
-    scale = np.linspace(0.1, 0.4, 32)
-    model = b.model(b.op("MatMul", b.pair(b.input("x", 4, 16)), b.weight(16, 32, axis=1, scale=scale)))
-    helper.unquantize(model)
-    weight = model.graph[0].inputs[1].const_value.numpy()
-    assert weight.dtype == np.float16
-    np.testing.assert_array_equal(weight, np.broadcast_to(scale.astype(np.float16), (16, 32)))
