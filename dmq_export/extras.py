@@ -15,6 +15,7 @@ EXTRAS = {  # library -> the extra of pyproject.toml that brings it
     "tensorrt_rtx": "tensorrt-rtx",
     "polygraphy": "tensorrt-rtx",
     "cuda": "tensorrt",
+    "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-tensorrt-rtx",
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.ort import PROVIDERS, OnnxRuntimeDenoiser, OnnxSession, provider_problem
+from engines.ort import OnnxRuntimeDenoiser, OnnxSession
 
 
 @pytest.fixture(scope="module")
@@ -58,40 +58,3 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
 def test_the_denoiser_is_the_session(tiny_onnx: Path, inputs: dict[str, np.ndarray]) -> None:
     prediction = OnnxRuntimeDenoiser(tiny_onnx)(inputs["sample"], 67.0, class_labels=inputs["class_labels"])
     np.testing.assert_array_equal(prediction, OnnxSession(tiny_onnx).run(inputs)["out_sample"])
-
-
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "cpu"])
-def test_a_provider_either_starts_or_is_refused_with_those_that_do(tiny_onnx: Path, name: str) -> None:
-    problem = provider_problem(name)
-    if problem is None:
-        assert OnnxSession(tiny_onnx, name).output_names == ["out_sample"]
-        return
-    assert "\n" not in problem
-    with pytest.raises(DmqError, match=f"no provider {name} here .*: .*cpu.* can be used") as raised:
-        OnnxSession(tiny_onnx, name)
-    assert problem in str(raised.value)
-
-
-def test_a_provider_that_does_not_exist_is_refused(tiny_onnx: Path) -> None:
-    with pytest.raises(DmqError, match=r"no provider tpu here \(no such provider\): cpu"):
-        OnnxSession(tiny_onnx, "tpu")
-
-
-def test_a_provider_that_the_build_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert provider_problem("cuda") == "this build of onnxruntime lacks it"
-    assert provider_problem("cpu") is None
-
-
-def test_nothing_falls_back_to_the_cpu_unsaid(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.ort.provider_problem", lambda name: None)
-    if provider_problem("cuda") is None:
-        pytest.skip("the CUDA provider starts here")
-    with pytest.raises(DmqError, match="on its cuda provider: try --provider cpu"):
-        OnnxSession(tiny_onnx, "cuda")
-
-
-def test_refusing_a_provider_prints_nothing(tiny_onnx: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in PROVIDERS:
-        provider_problem(name)
-    assert capfd.readouterr() == ("", "")

@@ -120,12 +120,13 @@ def _onnxruntime() -> Iterator[Finding]:
     if problem is not None:
         yield Finding("run", "onnxruntime", False, problem, install("onnxruntime"))
         return
-    from engines.ort import PROVIDERS, provider_problem
+    from engines.providers import PROVIDERS, provider_problem
 
     remedies = {
         "cpu": "pip install --force-reinstall onnxruntime-gpu",
         "cuda": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]'",
         "tensorrt": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
+        "tensorrt-rtx": f"on a machine with an RTX GPU: {install('onnxruntime_ep_nv_tensorrt_rtx')}",
     }
     for name in PROVIDERS:
         problem = provider_problem(name)

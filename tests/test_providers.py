@@ -1,0 +1,89 @@
+"""ONNX Runtime's providers: each starts, or is refused with the reason, and nothing falls back unsaid."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmq_export.errors import DmqError
+from engines import providers
+from engines.ort import OnnxSession
+from engines.providers import PLUGINS, PROVIDERS, provider_problem
+
+
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "cpu"])
+def test_a_provider_either_starts_or_is_refused_with_those_that_do(tiny_onnx: Path, name: str) -> None:
+    problem = provider_problem(name)
+    if problem is None:
+        assert OnnxSession(tiny_onnx, name).output_names == ["out_sample"]
+        return
+    assert "\n" not in problem
+    with pytest.raises(DmqError, match=f"no provider {name} here .*: .*cpu.* can be used") as raised:
+        OnnxSession(tiny_onnx, name)
+    assert problem in str(raised.value)
+
+
+def test_a_provider_that_does_not_exist_is_refused(tiny_onnx: Path) -> None:
+    with pytest.raises(DmqError, match=r"no provider tpu here \(no such provider\): cpu"):
+        OnnxSession(tiny_onnx, "tpu")
+
+
+def test_a_provider_that_the_build_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert provider_problem("cuda") == "this build of onnxruntime lacks it"
+    assert provider_problem("cpu") is None
+
+
+def test_nothing_falls_back_to_the_cpu_unsaid(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.providers.provider_problem", lambda name: None)
+    if provider_problem("cuda") is None:
+        pytest.skip("the CUDA provider starts here")
+    with pytest.raises(DmqError, match="on its cuda provider: try --provider cpu"):
+        OnnxSession(tiny_onnx, "cuda")
+
+
+def test_refusing_a_provider_prints_nothing(tiny_onnx: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in PROVIDERS:
+        provider_problem(name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_plugin_that_is_not_installed_is_refused_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    assert provider_problem("tensorrt-rtx") == (
+        "onnxruntime-ep-nv-tensorrt-rtx is not installed: pip install 'dmq-export[onnxruntime-tensorrt-rtx]'"
+    )
+
+
+def test_an_old_onnxruntime_takes_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "find_spec", lambda name: name)
+    monkeypatch.delattr("onnxruntime.get_ep_devices")
+    assert "takes no plugins: pip install" in (provider_problem("tensorrt-rtx") or "")
+
+
+def test_the_plugin_of_nvidia_says_itself_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own library is given to ONNX Runtime, which needs the driver to load it."""
+    pytest.importorskip(PLUGINS["tensorrt-rtx"], reason="onnxruntime-ep-nv-tensorrt-rtx is not installed")
+    if providers.driver_problem() is None:
+        pytest.skip("NVIDIA's driver is here")
+    assert provider_problem("tensorrt-rtx") == providers.driver_problem()
+    monkeypatch.setattr(providers, "driver_problem", lambda: None)
+    problem = provider_problem("tensorrt-rtx")
+    assert problem == "libcuda.so.1: cannot open shared object file: No such file or directory"
+
+
+def test_a_session_on_the_devices_of_a_plugin_computes_the_same(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a plugin's sessions, on the one device there always is: ONNX Runtime's own CPU."""
+    import onnxruntime
+
+    cpu = [one for one in onnxruntime.get_ep_devices() if one.ep_name == PROVIDERS["cpu"]]
+    monkeypatch.setitem(PROVIDERS, "tensorrt-rtx", PROVIDERS["cpu"])
+    monkeypatch.setattr(providers, "plugin_devices", lambda provider: tuple(cpu))
+    monkeypatch.setattr(providers, "provider_problem", lambda provider: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # one GPU for two processes: both take it
+    sample = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
+    inputs = {"sample": sample, "timestep": np.array(67, np.float32), "class_labels": np.array([0, 2])}
+    outputs = [OnnxSession(tiny_onnx, name, threads=1).run(inputs)["out_sample"] for name in ("tensorrt-rtx", "cpu")]
+    np.testing.assert_array_equal(*outputs)
