@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 
+from engines.problem import Problem
+
 DRIVER = "libcuda.so.1"
 
 
-def driver_problem() -> str | None:
-    """What is missing and what to do, or None where the driver loads."""
+def driver_problem() -> Problem | None:
+    """None where the driver loads."""
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
-        return f"no NVIDIA driver ({DRIVER}): use a machine with an NVIDIA GPU and its driver"
+        return Problem(f"no NVIDIA driver ({DRIVER})", "use a machine with an NVIDIA GPU and its driver")
     return None

@@ -19,6 +19,7 @@ from dmq_export.errors import DmqError
 from dmq_export.extras import install
 from engines.inputs import first_line
 from engines.nvidia_driver import driver_problem
+from engines.problem import Problem
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -27,6 +28,12 @@ PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 PLUGINS = {"tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}  # provider -> the module that knows where its library is
+REMEDIES = {
+    "cpu": "pip install --force-reinstall onnxruntime-gpu",
+    "cuda": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    "tensorrt": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
+    "tensorrt-rtx": f"on a machine with an RTX GPU: {install('onnxruntime_ep_nv_tensorrt_rtx')}",
+}
 PROBE = BUNDLED / "digits" / "classifier.onnx"  # small enough to try a provider on
 FATAL = 4  # the least that ONNX Runtime can log; what goes wrong arrives as an exception
 
@@ -37,17 +44,23 @@ def require_provider(provider: str) -> None:
     Raises:
         DmqError: naming those that do.
     """
+    if provider not in PROVIDERS:
+        raise DmqError(f"ONNX Runtime has no provider {provider}: {', '.join(PROVIDERS)} are known")
     problem = provider_problem(provider)
     if problem is not None:
         there = ", ".join(name for name in PROVIDERS if provider_problem(name) is None)
-        raise DmqError(f"ONNX Runtime has no provider {provider} here ({problem}): {there} can be used")
+        raise DmqError(
+            f"ONNX Runtime has no provider {provider} here ({problem.what}): {there} can be used; otherwise "
+            f"{problem.remedy}"
+        )
 
 
-def provider_problem(provider: str) -> str | None:
-    """Why ``provider`` does not start on this machine, or None if it does."""
-    if provider not in PROVIDERS:
-        return "no such provider"
-    return _plugin_problem(provider) if provider in PLUGINS else _built_in_problem(provider)
+def provider_problem(provider: str) -> Problem | None:
+    """Why a provider of :data:`PROVIDERS` does not start on this machine, or None if it does."""
+    if provider in PLUGINS and find_spec(PLUGINS[provider]) is not None and (no_driver := driver_problem()) is not None:
+        return no_driver
+    reason = _plugin_reason(provider) if provider in PLUGINS else _built_in_reason(provider)
+    return None if reason is None else Problem(reason, REMEDIES[provider])
 
 
 def start_session(model: Path | bytes, provider: str, threads: int | None) -> Any:
@@ -93,16 +106,14 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _plugin_problem(provider: str) -> str | None:
+def _plugin_reason(provider: str) -> str | None:
     import onnxruntime
 
     module = PLUGINS[provider]
     if find_spec(module) is None:
-        return f"{module.replace('_', '-')} is not installed: {install(module)}"
+        return f"{module.replace('_', '-')} is not installed"
     if not hasattr(onnxruntime, "get_ep_devices"):
-        return f"onnxruntime {onnxruntime.__version__} takes no plugins: {install(module)}"
-    if problem := driver_problem():
-        return problem
+        return f"onnxruntime {onnxruntime.__version__} takes no plugins"
     try:
         devices = plugin_devices(provider)
         started = bool(devices) and PROVIDERS[provider] in start_session(PROBE, provider, None).get_providers()
@@ -111,7 +122,7 @@ def _plugin_problem(provider: str) -> str | None:
     return None if started else "it finds no GPU that it can use"
 
 
-def _built_in_problem(provider: str) -> str | None:
+def _built_in_reason(provider: str) -> str | None:
     import onnxruntime
 
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():

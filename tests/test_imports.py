@@ -17,6 +17,7 @@ HOMES = {  # heavy library -> packages that may import it
     "onnxruntime": {"engines"},
     "openvino": {"engines"},
     "tensorrt": {"engines"},
+    "tensorrt_rtx": {"engines"},
     "polygraphy": {"engines"},
     "cuda": {"engines"},
 }

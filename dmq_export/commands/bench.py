@@ -117,7 +117,7 @@ def bench_engines(
         DmqError: an engine does not open, or they are of different models.
     """
     contestants: list[_Contestant] = []
-    openers = [(name, _opener(name, settings.threads)) for name in engines]
+    openers = [(name, _opener(name, settings.threads, progress.tell)) for name in engines]
     if reference is not None:
         like = openers[0][1]()
         openers.insert(0, (f"float {reference}", lambda: float_engine(reference, like)))
@@ -149,14 +149,14 @@ def _notes(contestants: Sequence[_Contestant]) -> Iterator[str]:
             yield f"{one.name} takes {fixed} at a time: a batch of {one.batch} is padded to {padded}"
 
 
-def _opener(name: str, threads: int | None) -> Callable[[], Engine]:
+def _opener(name: str, threads: int | None, note: Callable[[str], None]) -> Callable[[], Engine]:
     """What opens ``PATH``, ``BACKEND:PATH`` or ``onnxruntime-PROVIDER:PATH``."""
     prefix, separator, rest = name.partition(":")
-    backend, _, provider = prefix.partition("-")
+    backend, _, provider = (prefix, "", "") if prefix in get_args(Backend) else prefix.partition("-")
     if not separator or backend not in get_args(Backend):
-        return lambda: open_engine(Path(name), Execution(threads=threads))
+        return lambda: open_engine(Path(name), Execution(threads=threads), note)
     named: Any = backend
-    return lambda: open_engine(Path(rest), Execution(named, provider or None, threads))
+    return lambda: open_engine(Path(rest), Execution(named, provider or None, threads), note)
 
 
 def _contestant(name: str, opener: Callable[[], Engine], settings: BenchSettings) -> _Contestant:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import wrap
 
 from dmq_export import __version__
 from dmq_export.extras import install
 from dmq_export.table import table
 
 INTEGER_KERNELS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8")  # CPU flags that int8 convolutions profit from
+WIDTH = 100  # of a line
 CUDA_TORCH = "on a machine with an NVIDIA GPU and its driver: pip install torch"
 
 
@@ -46,14 +48,25 @@ class Examination:
     findings: tuple[Finding, ...]
 
     def text(self) -> str:
-        """The machine, what works, and how to get the rest."""
+        """The machine, what works, and how to get the rest; no line is longer than :data:`WIDTH` unless a word is."""
         about = "\n".join(f"{name:10}{value}" for name, value in self.machine.items())
         rows = [(one.stage, one.what, "yes" if one.works else "no", one.detail) for one in self.findings]
-        lines = [about, "", table(("stage", "what", "here", "with, or why not"), rows)]
+        lines = [about, "", _wrapped(("stage", "what", "here", "with, or why not"), rows)]
         missing = dict.fromkeys((one.what, one.remedy) for one in self.findings if not one.works)
         if missing:
-            lines += ["", table(("to get", "do"), list(missing))]
+            lines += ["", _wrapped(("to get", "do"), list(missing))]
         return "\n".join(lines)
+
+
+def _wrapped(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table whose last column goes on in further rows where it is too long."""
+    taken = sum(max(len(row[column]) for row in (header, *rows)) + 2 for column in range(len(header) - 1))
+    broken: list[tuple[str, ...]] = []
+    for *cells, last in rows:
+        pieces = wrap(last, WIDTH - taken, break_long_words=False, break_on_hyphens=False) or [""]
+        broken.append((*cells, pieces[0]))
+        broken += [(*("" for _ in cells), piece) for piece in pieces[1:]]
+    return table(header, broken)
 
 
 def examine() -> Examination:
@@ -105,14 +118,22 @@ def _calibrate_cuda() -> Finding:
 
 
 def _tensorrt() -> Iterator[Finding]:
-    """Building plans, and running them, which needs the same."""
-    from engines.tensorrt.environment import INSTALL, missing
+    """Building plans and running them, with either runtime."""
+    from engines.tensorrt.cuda import gpu
+    from engines.tensorrt.environment import missing_to_build, missing_to_run, package_version
+    from engines.tensorrt.plan_file import RUNTIME_NAMES
 
-    problems = missing()
-    detail = "; ".join(problems) or f"tensorrt {_version('tensorrt')}"
-    remedy = f"on a machine with an NVIDIA GPU and its driver: {INSTALL}" if problems else ""
-    for stage in ("build", "run"):
-        yield Finding(stage, "TensorRT plans", not problems, detail, remedy)
+    for stage, missing in (("build", missing_to_build), ("run", missing_to_run)):
+        for runtime, title in RUNTIME_NAMES.items():
+            problems = missing(runtime)
+            what, version = f"{title} plans", f"{runtime} {package_version(runtime)}"
+            if problems:
+                reasons, remedies = "; ".join(one.what for one in problems), "; ".join(one.remedy for one in problems)
+                yield Finding(stage, what, False, reasons, remedies)
+            elif runtime == "tensorrt-rtx" and stage == "build":
+                yield Finding(stage, what, True, f"{version}, which needs no GPU for it")
+            else:
+                yield Finding(stage, what, True, f"{version} on {gpu()[0]}")
 
 
 def _onnxruntime() -> Iterator[Finding]:
@@ -122,16 +143,12 @@ def _onnxruntime() -> Iterator[Finding]:
         return
     from engines.providers import PROVIDERS, provider_problem
 
-    remedies = {
-        "cpu": "pip install --force-reinstall onnxruntime-gpu",
-        "cuda": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]'",
-        "tensorrt": "on a machine with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
-        "tensorrt-rtx": f"on a machine with an RTX GPU: {install('onnxruntime_ep_nv_tensorrt_rtx')}",
-    }
     for name in PROVIDERS:
-        problem = provider_problem(name)
-        detail = f"onnxruntime {_version('onnxruntime')}" if problem is None else problem
-        yield Finding("run", f"onnxruntime, {name}", problem is None, detail, "" if problem is None else remedies[name])
+        refusal = provider_problem(name)
+        if refusal is None:
+            yield Finding("run", f"onnxruntime, {name}", True, f"onnxruntime {_version('onnxruntime')}")
+        else:
+            yield Finding("run", f"onnxruntime, {name}", False, refusal.what, refusal.remedy)
 
 
 def _openvino() -> Finding:

@@ -7,6 +7,7 @@ Arrays are NumPy's: ``sample [N, C, H, W]`` float32, ``timestep`` one number for
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from engines.openvino import OpenVinoDenoiser
     from engines.ort import OnnxRuntimeDenoiser
 
-Backend = Literal["auto", "tensorrt", "openvino", "onnxruntime", "torch"]
+Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "torch"]
 Denoise = Callable[..., NDArray[np.float32]]
 
 
@@ -59,8 +60,8 @@ class Execution:
     """How to execute an engine.
 
     Attributes:
-        backend: ``auto`` takes the one that the file was exported for.
-        provider: of ONNX Runtime, see :data:`engines.ort.PROVIDERS`, or PyTorch's device; None for the CPU.
+        backend: ``auto`` takes the one that the file was exported or built for.
+        provider: of ONNX Runtime, see :data:`engines.providers.PROVIDERS`, or PyTorch's device; None for the CPU.
         threads: None leaves the number to the backend.
     """
 
@@ -75,8 +76,11 @@ class Execution:
             raise DmqError(f"{self.threads} threads: at least 1 is needed")
 
 
-def open_engine(path: Path, execution: Execution = Execution()) -> Engine:
+def open_engine(path: Path, execution: Execution = Execution(), note: Callable[[str], None] = warnings.warn) -> Engine:
     """A ``.plan``, an ``.onnx`` file, or a checkpoint folder (the PyTorch reference).
+
+    Args:
+        note: receives what the user should know of a plan's loading and first run; warned of by default.
 
     Raises:
         DmqError: ``path`` is none of them, does not suit the backend, or does not load.
@@ -86,7 +90,7 @@ def open_engine(path: Path, execution: Execution = Execution()) -> Engine:
     if path.suffix == ".onnx" and path.is_file():
         return _open_onnx(path, execution)
     if path.suffix == ".plan" and path.is_file():
-        return _open_plan(path, execution)
+        return _open_plan(path, execution, note)
     raise DmqError(f"{path} is no engine: give an .onnx file, a .plan, or a DMQ checkpoint folder")
 
 
@@ -164,16 +168,19 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVi
     return OnnxRuntimeDenoiser(path, execution.provider or "cpu", threads=execution.threads)
 
 
-def _open_plan(path: Path, execution: Execution) -> Engine:
-    _require_able(path, execution, ("tensorrt",))
-    _require_provider(path, execution, "tensorrt")
+def _open_plan(path: Path, execution: Execution, note: Callable[[str], None]) -> Engine:
     from engines.tensorrt.engine import TensorRtDenoiser
+    from engines.tensorrt.plan_file import RUNTIME_NAMES, read_facts
 
-    denoiser = TensorRtDenoiser(path)
+    _require_able(path, execution, tuple(RUNTIME_NAMES))
+    runtime = read_facts(path).runtime
+    _require_able(path, execution, (runtime,))
+    _require_provider(path, execution, runtime)
+    denoiser = TensorRtDenoiser(path, note=note)
     if denoiser.facts.facts is None:
         raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
     facts = facts_from_json(denoiser.facts.facts)
-    return Engine(facts.bits, "tensorrt", denoiser, facts, _conditioning(denoiser.inputs))
+    return Engine(facts.bits, runtime, denoiser, facts, _conditioning(denoiser.inputs))
 
 
 def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Backend:

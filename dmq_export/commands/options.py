@@ -90,5 +90,5 @@ def choice(literal: Any) -> click.Choice[str]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
 backend_option = click.option("--backend", type=choice(Backend), default="auto", help="To run on.")
-provider_option = click.option("--provider", help="cpu, cuda, or ONNX Runtime's tensorrt.  [default: cpu]")
+provider_option = click.option("--provider", help="cpu, cuda, tensorrt or tensorrt-rtx.  [default: cpu]")
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the backend's]")

@@ -92,7 +92,7 @@ def sample_engine(
     """
     rank = Rank.of(os.environ)
     _require_outputs(outputs, rank)
-    engine = open_engine(path, execution)
+    engine = open_engine(path, execution, progress.tell)
     settings = settings.sized(engine.facts)
     paint = None if outputs.picture is None else painter(engine.facts, outputs.pipeline, progress)
     embeddings = prompting.encoded(

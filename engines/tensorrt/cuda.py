@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +28,21 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 
 def gpu() -> tuple[str, str]:
-    """Name and compute capability of the current device.
+    """Name and compute capability of this process's GPU, which becomes the current device.
+
+    Under torchrun each process takes the GPU of its number on the machine.
 
     Raises:
         DmqError: there is none.
     """
     from cuda.bindings import runtime
 
-    if not checked(runtime.cudaGetDeviceCount()):
+    count = checked(runtime.cudaGetDeviceCount())
+    if not count:
         raise DmqError("CUDA: no device")
-    properties = checked(runtime.cudaGetDeviceProperties(checked(runtime.cudaGetDevice())))
+    device = int(os.environ.get("LOCAL_RANK", "0")) % count
+    checked(runtime.cudaSetDevice(device))
+    properties = checked(runtime.cudaGetDeviceProperties(device))
     name = properties.name
     return name.decode() if isinstance(name, bytes) else str(name), f"{properties.major}.{properties.minor}"
 

@@ -1,12 +1,15 @@
-"""TensorRT as an engine.
+"""A plan as an engine, in TensorRT or TensorRT-RTX.
 
-No machine of ours has the GPU this needs, so nothing here has been run; every name and argument it uses is checked
-against NVIDIA's bindings (``tests/test_tensorrt_api.py``), and ``scripts/verify_tensorrt.sh`` runs it where it can.
+No machine of ours has the GPU this needs, so nothing behind the checks has been run; every name and argument it uses is
+checked against NVIDIA's bindings (``tests/test_tensorrt_api.py``), and ``scripts/verify_tensorrt.sh`` runs it where it
+can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,44 +21,51 @@ from dmq_export.files import sha256
 from engines.inputs import Input
 from engines.pieces import in_pieces
 from engines.tensorrt.cuda import Buffer, Stream
-from engines.tensorrt.environment import require_tensorrt
-from engines.tensorrt.plan_file import PlanFacts, read_plan
+from engines.tensorrt.environment import require_runtime
+from engines.tensorrt.log import explain
+from engines.tensorrt.plan_file import RUNTIME_NAMES, PlanFacts, read_facts, read_plan
 from engines.tensorrt.profile import ShapeRange
-from engines.tensorrt.runtime import deserialize
+from engines.tensorrt.runtime import deserialize, output_names, refit, tensor_type
+from engines.tensorrt.runtime_cache import RuntimeCache
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 Array = NDArray[Any]
+LOG_LINES = 100  # of the runtime's warnings and errors, the last are kept
 
 
 class TensorRtDenoiser:
     """Runs a plan: ``denoise(sample, timestep, **conditioning) -> prediction``, NumPy arrays.
 
-    Buffers are bound and the work is recorded as a CUDA graph once for each batch size that follows another; a call
-    then copies its inputs, launches the graph and copies the prediction back. A batch outside the plan's range is
-    padded or cut into several.
+    Buffers are bound once for each batch size that follows another, and the work is recorded as a CUDA graph: with
+    TensorRT by us, with TensorRT-RTX by itself. A call then copies its inputs, launches the graph and copies the
+    prediction back. A batch outside the plan's range is padded or cut into several. The kernels that TensorRT-RTX
+    compiles are kept beside the plan, see :mod:`engines.tensorrt.runtime_cache`.
 
     Args:
-        path: the plan, with ``engine.json`` beside it.
+        path: the plan, with ``engine.json`` beside it, which says whose plan it is.
         weights: the ONNX file a plan without weights was built from.
+        note: receives what the user should know; warned of by default.
 
     Raises:
-        DmqError: TensorRT or a GPU is missing, or the plan was not built for what is here.
+        DmqError: the runtime or a GPU is missing, or the plan was not built for what is here.
     """
 
-    name = "tensorrt"
-
-    def __init__(self, path: Path, weights: Path | None = None) -> None:
-        content, facts = read_plan(path, require_tensorrt())
-        engine = deserialize(content, host_code=facts.version_compatible)
-        if facts.stripped:
-            _refit(engine, facts, path, weights)
-        self.facts = facts
-        self.inputs = {name: Input(None, shape.optimum) for name, shape in facts.shapes.items()}
-        self._engine: trt.ICudaEngine = engine
-        self._context: trt.IExecutionContext = engine.create_execution_context()
-        self._stream = Stream()
+    def __init__(self, path: Path, weights: Path | None = None, note: Callable[[str], None] = warnings.warn) -> None:
+        runtime = read_facts(path).runtime
+        content, self.facts = read_plan(path, require_runtime(runtime))
+        self.inputs = {name: Input(None, shape.optimum) for name, shape in self.facts.shapes.items()}
+        self._log: deque[str] = deque(maxlen=LOG_LINES)
+        host_code = self.facts.version_compatible
+        self._engine = deserialize(content, host_code=host_code, runtime=runtime, log=self._log)
+        if self.facts.stripped:
+            refit(self._engine, _weights(self.facts, path, weights), runtime, self._log)
+        self._stream = Stream()  # and with it the CUDA context that the next line needs
+        rtx = runtime == "tensorrt-rtx"
+        self._cache = RuntimeCache(self._engine, path, self.facts.sha256, note) if rtx else None
+        self._context = self._new_context()
+        self._output = output_names(self._engine, runtime)[0]
         self._buffers: dict[str, Buffer] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._graph: Any = None
@@ -74,13 +84,24 @@ class TensorRtDenoiser:
             self._bind(shapes)
         for name, value in arrays.items():
             self._buffers[name].upload(value, self._stream)
-        self._stream.launch(self._graph)
-        return self._buffers[self._outputs()[0]].download(self._stream)
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._stream.launch(self._graph)
+        return self._buffers[self._output].download(self._stream)
+
+    def _new_context(self) -> trt.IExecutionContext:
+        context: trt.IExecutionContext | None = (
+            self._engine.create_execution_context()
+            if self._cache is None
+            else self._engine.create_execution_context(self._cache.config)
+        )
+        if context is None:
+            raise self._failure("could not prepare the engine")
+        return context
 
     def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Give every tensor its memory, then record one evaluation."""
-        import tensorrt as trt
-
+        """Give every tensor its memory, then record one evaluation or let the runtime do so."""
         self._shapes = {}
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
@@ -89,26 +110,30 @@ class TensorRtDenoiser:
             buffer.free()
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
-            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
             sizes = self._context.get_tensor_shape(name)
-            self._buffers[name] = Buffer(tuple(sizes[axis] for axis in range(len(sizes))), dtype)
+            shape = tuple(sizes[axis] for axis in range(len(sizes)))
+            self._buffers[name] = Buffer(shape, tensor_type(self._engine, name, self.facts.runtime))
             self._context.set_tensor_address(name, self._buffers[name].address)
         self._enqueue()  # a change of shapes takes effect with the first run, which must not be recorded
         self._stream.synchronize()
+        self._settle()
+        self._shapes = shapes
+
+    def _settle(self) -> None:
+        """After the first run with new shapes: record the next, or keep the kernels that were compiled for it."""
+        if self._cache is not None:
+            self._cache.keep()
+            return
         if self._graph is not None:
             self._stream.forget(self._graph)
         self._graph = self._stream.record(self._enqueue)
-        self._shapes = shapes
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._stream.handle)):
-            raise DmqError("TensorRT could not start the engine")
+            raise self._failure("could not start the engine")
 
-    def _outputs(self) -> list[str]:
-        import tensorrt as trt
-
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        return [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+    def _failure(self, what: str) -> DmqError:
+        return DmqError(f"{RUNTIME_NAMES[self.facts.runtime]} {what}: {explain(list(self._log)).text()}")
 
 
 def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange]) -> None:
@@ -118,19 +143,16 @@ def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange
         raise DmqError(f"input {odd[0]} {problem}: the plan takes {', '.join(shapes)}")
 
 
-def _refit(engine: trt.ICudaEngine, facts: PlanFacts, path: Path, weights: Path | None) -> None:
-    """Put the weights of the ONNX file back into a plan that was built without them."""
-    import tensorrt as trt
-    from polygraphy.backend.trt import get_trt_logger
+def _weights(facts: PlanFacts, path: Path, weights: Path | None) -> Path:
+    """The ONNX file that the plan ``path`` was built from.
 
+    Raises:
+        DmqError: it is not given, or is another.
+    """
     if weights is None:
         raise DmqError(f"{path} was built without weights: give the ONNX file {next(iter(facts.onnx_sha256))} too")
     for name, digest in facts.onnx_sha256.items():
         beside = weights.with_name(name) if len(facts.onnx_sha256) > 1 else weights
         if not beside.is_file() or sha256(beside) != digest:
             raise DmqError(f"{path} was not built from {beside}: give the ONNX file it was built from")
-    logger = get_trt_logger()
-    refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
-    if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-        raise DmqError(f"TensorRT could not put the weights of {weights} into {path}")
+    return weights
