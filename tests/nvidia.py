@@ -57,7 +57,7 @@ class Bindings:
 
     Attributes:
         version: of TensorRT.
-        modules: folder that holds ``tensorrt`` and ``cuda``.
+        modules: folder that holds ``cuda``, and ``tensorrt`` where that is not installed.
         libraries: folder that holds the empty libraries.
         stubs: folder that holds the type stubs.
     """
@@ -86,13 +86,13 @@ class Bindings:
 
 
 def uses_of_nvidia(folder: Path) -> list[Path]:
-    """The modules of ``folder`` that import TensorRT, Polygraphy or CUDA anywhere."""
+    """The modules of ``folder`` that import either TensorRT, Polygraphy or CUDA anywhere."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         imported = {
             name.partition(".")[0] for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)
         }
-        if imported & {"tensorrt", "polygraphy", "cuda"}:
+        if imported & {"tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}:
             found.append(path)
     return found
 
@@ -109,6 +109,29 @@ def unpack_bindings(requirement: str, cuda: str, folder: Path) -> Bindings:
     (bindings.modules / "tensorrt").symlink_to("tensorrt_bindings")
     _write_libraries(bindings.libraries, version.partition(".")[0])
     _write_stubs(bindings)
+    return bindings
+
+
+def installed_rtx(cuda: str, folder: Path) -> Bindings:
+    """TensorRT-RTX as it is installed, described under both names: our code for both runtimes says ``tensorrt``.
+
+    Skips the test where it is not installed.
+    """
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed")
+    bindings = Bindings(trt.__version__, folder / "modules", folder / "libraries", folder / "stubs")
+    for wheel in (cuda, "cuda-pathfinder"):
+        _unpack(wheel, bindings.modules)
+    real = "tensorrt_rtx_bindings"
+    bindings.python(
+        "-c", STUBGEN, "--inspect-mode", "-m", f"{real}.tensorrt_rtx", "-m", real, "-o", str(bindings.stubs)
+    )
+    _mend(bindings.stubs / real / "tensorrt_rtx.pyi")
+    for name in ("tensorrt", "tensorrt_rtx"):
+        (bindings.stubs / name).mkdir()
+        text = f"from {real} import *\nfrom {real} import __version__ as __version__\n"
+        (bindings.stubs / name / "__init__.pyi").write_text(text)
+    _describe_others(bindings)
     return bindings
 
 
@@ -140,8 +163,12 @@ def _write_libraries(folder: Path, major: str) -> None:
 def _write_stubs(bindings: Bindings) -> None:
     modules = ("-m", "tensorrt.tensorrt", "-m", "tensorrt")
     bindings.python("-c", STUBGEN, "--inspect-mode", *modules, "-o", str(bindings.stubs))
-    path = bindings.stubs / "tensorrt" / "tensorrt.pyi"
-    path.write_text("".join(map(_valid, path.read_text().splitlines(keepends=True))))
+    _mend(bindings.stubs / "tensorrt" / "tensorrt.pyi")
+    _describe_others(bindings)
+
+
+def _describe_others(bindings: Bindings) -> None:
+    """Stubs of CUDA's bindings, and Polygraphy's own source, which mypy can read."""
     cuda = bindings.stubs / "cuda" / "bindings"
     cuda.mkdir(parents=True)
     for package in (cuda.parent, cuda):
@@ -150,6 +177,10 @@ def _write_stubs(bindings: Bindings) -> None:
     import polygraphy
 
     (bindings.stubs / "polygraphy").symlink_to(Path(polygraphy.__file__).parent)
+
+
+def _mend(path: Path) -> None:
+    path.write_text("".join(map(_valid, path.read_text().splitlines(keepends=True))))
 
 
 def _valid(line: str) -> str:

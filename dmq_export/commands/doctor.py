@@ -120,12 +120,12 @@ def _calibrate_cuda() -> Finding:
 def _tensorrt() -> Iterator[Finding]:
     """Building plans and running them, with either runtime."""
     from engines.tensorrt.cuda import gpu
-    from engines.tensorrt.environment import missing_to_build, missing_to_run, package_version
+    from engines.tensorrt.environment import missing, missing_to_run, package_version
     from engines.tensorrt.plan_file import RUNTIME_NAMES
 
-    for stage, missing in (("build", missing_to_build), ("run", missing_to_run)):
+    for stage, lacking in (("build", missing), ("run", missing_to_run)):
         for runtime, title in RUNTIME_NAMES.items():
-            problems = missing(runtime)
+            problems = lacking(runtime)
             what, version = f"{title} plans", f"{runtime} {package_version(runtime)}"
             if problems:
                 reasons, remedies = "; ".join(one.what for one in problems), "; ".join(one.remedy for one in problems)

@@ -21,7 +21,7 @@ RUNTIMES: dict[Runtime, Need] = {
 TO_BUILD: dict[Runtime, tuple[Need, ...]] = {"tensorrt": (POLYGRAPHY, CUDA), "tensorrt-rtx": (POLYGRAPHY,)}
 
 
-def missing_to_build(runtime: Runtime) -> list[Problem]:
+def missing(runtime: Runtime = "tensorrt") -> list[Problem]:
     """What is missing to build plans here; TensorRT needs a GPU for it, TensorRT-RTX none."""
     return _packages(runtime, TO_BUILD[runtime]) + (_gpu(runtime) if runtime == "tensorrt" else [])
 
@@ -37,7 +37,7 @@ def require_tensorrt() -> Machine:
     Raises:
         DmqError: it cannot; the message says what is missing and how to get it.
     """
-    return _machine("tensorrt", missing_to_build("tensorrt"), "work")
+    return _machine("tensorrt", missing("tensorrt"), "work")
 
 
 def require_runtime(runtime: Runtime) -> Machine:

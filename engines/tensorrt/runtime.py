@@ -52,7 +52,7 @@ def deserialize(
         trt = bindings(runtime)
 
     lines: MutableSequence[str] = [] if log is None else log
-    logger = new_logger(runtime, lines)
+    logger: Any = new_logger(runtime, lines)  # newer bindings declare the next call to take a capsule
     trt.init_libnvinfer_plugins(logger, "")
     loader = trt.Runtime(logger)
     loader.engine_host_code_allowed = host_code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmq_export.errors import DmqError
 from dmq_export.files import atomic_file
@@ -40,13 +40,8 @@ class RuntimeCache:
     """
 
     def __init__(self, engine: rtx.ICudaEngine, plan: Path, plan_sha256: str, note: Callable[[str], None]) -> None:
-        import tensorrt_rtx as rtx
-
-        self.config: rtx.IRuntimeConfig = engine.create_runtime_config()
-        self.config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
-        self.config.dynamic_shapes_kernel_specialization_strategy = eager
-        self._cache: rtx.IRuntimeCache = self.config.create_runtime_cache()
+        self.config = _config(engine)
+        self._cache = _empty_cache(self.config)
         self._path, self._plan_sha256, self._note = cache_path(plan), plan_sha256, note
         self._kept = read_cache(self._path, plan_sha256, note)
         if self._kept is not None and not self._cache.deserialize(self._kept):
@@ -55,11 +50,25 @@ class RuntimeCache:
 
     def keep(self) -> None:
         """Write the cache if kernels were compiled since it was read or written."""
-        memory = self._cache.serialize()
+        memory: Any = self._cache.serialize()  # a buffer, which its declaration does not say
         content = b"" if memory is None else bytes(memory)
         if content and content != self._kept:
             self._kept = content
             write_cache(self._path, self._plan_sha256, content, self._note)
+
+
+def _config(engine: rtx.ICudaEngine) -> rtx.IRuntimeConfig:
+    import tensorrt_rtx as rtx
+
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    config.dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    return config
+
+
+def _empty_cache(config: rtx.IRuntimeConfig) -> rtx.IRuntimeCache:
+    cache: rtx.IRuntimeCache = config.create_runtime_cache()
+    return cache
 
 
 def read_cache(path: Path, plan_sha256: str, note: Callable[[str], None]) -> bytes | None:
