@@ -119,7 +119,7 @@ def test_the_command_prints_a_table_or_json(tiny_onnx: Path) -> None:
         ("none.onnx", "none.onnx is no engine"),
         ("openvino:none.onnx", "none.onnx is no engine"),
         ("torch:{tiny}", "runs on onnxruntime or openvino, not on torch"),
-        ("onnxruntime-tpu:{tiny}", "no provider tpu here"),
+        ("onnxruntime-tpu:{tiny}", "no provider tpu: cpu, "),
     ],
 )
 def test_an_engine_that_does_not_open_is_one_line(engine: str, message: str, tiny_onnx: Path) -> None:

@@ -11,19 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
+from host_gpu import on_host_memory, plan_for
 
 from dmq_export.batch import Batch
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands import engine as engines
 from dmq_export.commands.drawing import SampleSettings, draw_samples
-from dmq_export.commands.engine import Execution, float_engine, open_engine
+from dmq_export.commands.engine import Backend, Execution, float_engine, open_engine
 from dmq_export.commands.verification import DRIFT_FACTOR, PERTURBATION, PERTURBED_RUNS
 from dmq_export.errors import DmqError
+from dmq_export.onnx_file import facts_of
 from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, rms_ratio
+from engines.tensorrt.plan_file import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = {"onnxruntime": "tiny_onnx", "openvino": "tiny_onnx", "torch": "tiny_checkpoint_folder"}
@@ -150,7 +154,8 @@ def test_threads_are_taken(tiny_onnx: Path, tiny_checkpoint_folder: Path) -> Non
         ({"backend": "tpu"}, "no backend is called 'tpu': one of auto, tensorrt"),
         ({"threads": 0}, "0 threads: at least 1"),
         ({"backend": "openvino", "provider": "cpu"}, "--provider cpu was asked for, but .* runs on openvino, which"),
-        ({"provider": "tpu"}, "no provider tpu here .*: .*cpu.* can be used"),
+        ({"provider": "tpu"}, "no provider tpu: cpu, cuda, tensorrt, tensorrt-rtx are known"),
+        ({"backend": "tensorrt-rtx"}, "runs on onnxruntime or openvino, not on tensorrt-rtx"),
     ],
 )
 def test_what_cannot_run_it_is_refused(tiny_onnx: Path, execution: dict[str, object], message: str) -> None:
@@ -172,8 +177,26 @@ def test_a_plan_that_cannot_run_here_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DmqError, match=r"TensorRT|engine.json") as raised:
         open_engine(plan)
     assert "\n" not in str(raised.value)
-    with pytest.raises(DmqError, match="runs on tensorrt, not on openvino"):
+    with pytest.raises(DmqError, match="runs on tensorrt or tensorrt-rtx, not on openvino"):
         open_engine(plan, Execution("openvino"))
+
+
+@pytest.mark.parametrize(("runtime", "other"), [("tensorrt", "tensorrt-rtx"), ("tensorrt-rtx", "tensorrt")])
+def test_a_plan_runs_on_what_it_was_built_for(
+    runtime: Runtime, other: Backend, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU made of host memory; a stand-in, because this needs a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    given = facts_of(onnx_ir.load(tiny_onnx))
+    plan, notes = plan_for(runtime, tmp_path / "model.plan", facts=given), []
+    on_host_memory(monkeypatch)
+    for backend in ("auto", runtime):
+        engine = open_engine(plan, Execution(backend), notes.append)
+        assert (engine.backend, engine.name, engine.facts.steps) == (runtime, "w4a8", 3)
+    with pytest.raises(DmqError, match=f"model.plan runs on {runtime}, not on {other}"):
+        open_engine(plan, Execution(other))
+    with pytest.raises(DmqError, match=f"--provider cuda was asked for, but .* runs on {runtime}, which has none"):
+        open_engine(plan, Execution(provider="cuda"))
 
 
 def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from dmq_export.errors import DmqError
 from engines import providers
 from engines.ort import OnnxSession
+from engines.problem import Problem
 from engines.providers import PLUGINS, PROVIDERS, provider_problem
 
 
@@ -17,20 +18,23 @@ def test_a_provider_either_starts_or_is_refused_with_those_that_do(tiny_onnx: Pa
     if problem is None:
         assert OnnxSession(tiny_onnx, name).output_names == ["out_sample"]
         return
-    assert "\n" not in problem
-    with pytest.raises(DmqError, match=f"no provider {name} here .*: .*cpu.* can be used") as raised:
+    assert "\n" not in problem.text()
+    with pytest.raises(DmqError, match=f"no provider {name} here .*: .*cpu.* can be used; otherwise .") as raised:
         OnnxSession(tiny_onnx, name)
-    assert problem in str(raised.value)
+    assert f"({problem.what})" in str(raised.value)
+    assert str(raised.value).endswith(problem.remedy)
 
 
 def test_a_provider_that_does_not_exist_is_refused(tiny_onnx: Path) -> None:
-    with pytest.raises(DmqError, match=r"no provider tpu here \(no such provider\): cpu"):
+    with pytest.raises(DmqError, match="no provider tpu: cpu, cuda, tensorrt, tensorrt-rtx are known"):
         OnnxSession(tiny_onnx, "tpu")
 
 
 def test_a_provider_that_the_build_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert provider_problem("cuda") == "this build of onnxruntime lacks it"
+    problem = provider_problem("cuda")
+    assert problem is not None
+    assert problem.what == "this build of onnxruntime lacks it"
     assert provider_problem("cpu") is None
 
 
@@ -50,26 +54,32 @@ def test_refusing_a_provider_prints_nothing(tiny_onnx: Path, capfd: pytest.Captu
 
 def test_a_plugin_that_is_not_installed_is_refused_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "find_spec", lambda name: None)
-    assert provider_problem("tensorrt-rtx") == (
-        "onnxruntime-ep-nv-tensorrt-rtx is not installed: pip install 'dmq-export[onnxruntime-tensorrt-rtx]'"
+    assert provider_problem("tensorrt-rtx") == Problem(
+        "onnxruntime-ep-nv-tensorrt-rtx is not installed",
+        "on a machine with an RTX GPU: pip install 'dmq-export[onnxruntime-tensorrt-rtx]'",
     )
 
 
 def test_an_old_onnxruntime_takes_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "find_spec", lambda name: name)
+    monkeypatch.setattr(providers, "driver_problem", lambda: None)
     monkeypatch.delattr("onnxruntime.get_ep_devices")
-    assert "takes no plugins: pip install" in (provider_problem("tensorrt-rtx") or "")
+    problem = provider_problem("tensorrt-rtx")
+    assert problem is not None
+    assert problem.what.endswith("takes no plugins")
 
 
 def test_the_plugin_of_nvidia_says_itself_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own library is given to ONNX Runtime, which needs the driver to load it."""
     pytest.importorskip(PLUGINS["tensorrt-rtx"], reason="onnxruntime-ep-nv-tensorrt-rtx is not installed")
-    if providers.driver_problem() is None:
+    no_driver = providers.driver_problem()
+    if no_driver is None:
         pytest.skip("NVIDIA's driver is here")
-    assert provider_problem("tensorrt-rtx") == providers.driver_problem()
+    assert provider_problem("tensorrt-rtx") == no_driver
     monkeypatch.setattr(providers, "driver_problem", lambda: None)
     problem = provider_problem("tensorrt-rtx")
-    assert problem == "libcuda.so.1: cannot open shared object file: No such file or directory"
+    assert problem is not None
+    assert problem.what == "libcuda.so.1: cannot open shared object file: No such file or directory"
 
 
 def test_a_session_on_the_devices_of_a_plugin_computes_the_same(
