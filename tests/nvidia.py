@@ -105,7 +105,7 @@ def unpack_bindings(requirement: str, cuda: str, folder: Path) -> Bindings:
     version = requirement.rpartition("=")[2]
     bindings = Bindings(version, folder / "modules", folder / "libraries", folder / "stubs")
     for wheel in (requirement, cuda, "cuda-pathfinder"):
-        _unpack(wheel, bindings.modules)
+        unpack_wheel(wheel, bindings.modules)
     (bindings.modules / "tensorrt").symlink_to("tensorrt_bindings")
     _write_libraries(bindings.libraries, version.partition(".")[0])
     _write_stubs(bindings)
@@ -121,7 +121,7 @@ def installed_rtx(cuda: str, folder: Path) -> Bindings:
     pytest.importorskip("polygraphy", reason="polygraphy is not installed")
     bindings = Bindings(trt.__version__, folder / "modules", folder / "libraries", folder / "stubs")
     for wheel in (cuda, "cuda-pathfinder"):
-        _unpack(wheel, bindings.modules)
+        unpack_wheel(wheel, bindings.modules)
     real = "tensorrt_rtx_bindings"
     bindings.python(
         "-c", STUBGEN, "--inspect-mode", "-m", f"{real}.tensorrt_rtx", "-m", real, "-o", str(bindings.stubs)
@@ -141,7 +141,8 @@ def _imported(node: ast.AST) -> list[str]:
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
-def _unpack(requirement: str, folder: Path) -> None:
+def unpack_wheel(requirement: str, folder: Path) -> None:
+    """Download a wheel and unpack it into ``folder``; skips the test where that is not possible."""
     wheels = folder.parent / "wheels" / requirement.replace("=", "")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -119,6 +119,8 @@ def test_the_command_prints_a_table_or_json(tiny_onnx: Path) -> None:
         ("none.onnx", "none.onnx is no engine"),
         ("openvino:none.onnx", "none.onnx is no engine"),
         ("torch:{tiny}", "runs on onnxruntime or openvino, not on torch"),
+        ("tensorrt:{tiny}", "runs on onnxruntime or openvino, not on tensorrt"),
+        ("tensorrt-rtx:{tiny}", "runs on onnxruntime or openvino, not on tensorrt-rtx"),
         ("onnxruntime-tpu:{tiny}", "no provider tpu: cpu, "),
     ],
 )

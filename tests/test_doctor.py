@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,29 @@ def test_whatever_is_missing_comes_with_its_remedy(examination: Examination) -> 
         assert bool(one.remedy) is not one.works
 
 
+def test_both_runtimes_of_nvidia_are_rows_of_their_own(examination: Examination) -> None:
+    from engines.tensorrt.environment import missing, missing_to_run
+
+    for runtime, what in (("tensorrt", "TensorRT plans"), ("tensorrt-rtx", "TensorRT-RTX plans")):
+        assert finding(examination, "build", what).works is not bool(missing(runtime))  # type: ignore[arg-type]
+        assert finding(examination, "run", what).works is not bool(missing_to_run(runtime))  # type: ignore[arg-type]
+    assert finding(examination, "run", "onnxruntime, tensorrt-rtx").detail
+
+
+def test_tensorrt_rtx_builds_without_a_gpu(examination: Examination) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    found = finding(examination, "build", "TensorRT-RTX plans")
+    assert (found.works, found.detail) == (True, f"tensorrt-rtx {rtx.__version__}, which needs no GPU for it")
+
+
+def test_the_tables_fit_a_terminal(examination: Examination) -> None:
+    missing = Finding("run", "x", False, "word " * 100 + "a-word-with-hyphens-that-stays-whole", "pip install " * 20)
+    text = replace(examination, findings=(*examination.findings, missing)).text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("word ") + text.count("word\n") == 100
+    assert "a-word-with-hyphens-that-stays-whole" in text
+
+
 def test_the_command_exits_well_and_speaks_json() -> None:
     text, report = CliRunner().invoke(main, ["doctor"]), CliRunner().invoke(main, ["doctor", "--json"])
     assert (text.exit_code, report.exit_code) == (0, 0)
@@ -58,7 +82,8 @@ def test_the_command_exits_well_and_speaks_json() -> None:
 
 def test_a_machine_with_nothing_is_told_how_to_get_it() -> None:
     blocked = (
-        "torch diffusers safetensors onnx onnx_ir onnxscript onnxruntime openvino tensorrt polygraphy transformers"
+        "torch diffusers safetensors onnx onnx_ir onnxscript onnxruntime openvino tensorrt tensorrt_rtx polygraphy "
+        "transformers"
     )
     code = f"import sys; sys.modules.update(dict.fromkeys('{blocked}'.split())); "
     code += "from dmq_export.cli import main; main(['doctor', '--json'])"
@@ -67,6 +92,7 @@ def test_a_machine_with_nothing_is_told_how_to_get_it() -> None:
     assert [one["what"] for one in findings if one["works"]] == ["DDIM"]
     remedies = {one["what"]: one["remedy"] for one in findings}
     assert remedies["ONNX"] == "pip install onnx onnx-ir 'dmq-export[calibrate]'"
+    assert remedies["TensorRT-RTX plans"].startswith("pip install 'dmq-export[tensorrt-rtx]'")
     assert remedies["openvino"] == "pip install 'dmq-export[openvino]'"
 
 

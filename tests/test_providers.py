@@ -1,15 +1,21 @@
 """ONNX Runtime's providers: each starts, or is refused with the reason, and nothing falls back unsaid."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from nvidia import unpack_wheel
 
 from dmq_export.errors import DmqError
 from engines import providers
 from engines.ort import OnnxSession
 from engines.problem import Problem
-from engines.providers import PLUGINS, PROVIDERS, provider_problem
+from engines.providers import PROVIDERS, provider_problem
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "cpu"])
@@ -69,17 +75,24 @@ def test_an_old_onnxruntime_takes_no_plugins(monkeypatch: pytest.MonkeyPatch) ->
     assert problem.what.endswith("takes no plugins")
 
 
-def test_the_plugin_of_nvidia_says_itself_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_plugin_of_nvidia_says_itself_what_it_lacks(tmp_path: Path) -> None:
     """Its own library is given to ONNX Runtime, which needs the driver to load it."""
-    pytest.importorskip(PLUGINS["tensorrt-rtx"], reason="onnxruntime-ep-nv-tensorrt-rtx is not installed")
-    no_driver = providers.driver_problem()
-    if no_driver is None:
+    if providers.driver_problem() is None:
         pytest.skip("NVIDIA's driver is here")
-    assert provider_problem("tensorrt-rtx") == no_driver
-    monkeypatch.setattr(providers, "driver_problem", lambda: None)
-    problem = provider_problem("tensorrt-rtx")
-    assert problem is not None
-    assert problem.what == "libcuda.so.1: cannot open shared object file: No such file or directory"
+    unpack_wheel("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", tmp_path / "plugin")
+    code = (
+        "from engines import providers; print(providers.provider_problem('tensorrt-rtx').text()); "
+        "providers.driver_problem = lambda: None; print(providers.provider_problem('tensorrt-rtx').what)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'plugin'}"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [
+        "no NVIDIA driver (libcuda.so.1): use a machine with an NVIDIA GPU and its driver",
+        "libcuda.so.1: cannot open shared object file: No such file or directory",
+    ]
+    assert result.stderr == ""
 
 
 def test_a_session_on_the_devices_of_a_plugin_computes_the_same(

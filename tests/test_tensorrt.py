@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from host_gpu import CONTENT, SHAPES, HostEngine, on_host_memory, plan_for
 
+from dmq_export.cli import main
 from dmq_export.errors import DmqError
 from engines.tensorrt import engine as engine_module
 from engines.tensorrt.engine import TensorRtDenoiser, _require_inputs
@@ -44,6 +46,20 @@ def test_where_it_cannot_run_one_line_says_what_is_missing(tmp_path: Path, runti
     with pytest.raises(DmqError, match=f"{title} cannot run here: .*: ") as caught:
         TensorRtDenoiser(plan_for(runtime, tmp_path / "model.plan"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_the_commands_say_it_on_one_line_too(tmp_path: Path, runtime: Runtime) -> None:
+    if not missing_to_run(runtime):
+        pytest.skip("this machine has a GPU")
+    plan = str(plan_for(runtime, tmp_path / "model.plan"))
+    sample = ["sample", plan, "-o", str(tmp_path / "samples.png")]
+    for arguments in (sample, [*sample, "--backend", runtime], ["bench", plan], ["bench", f"{runtime}:{plan}"]):
+        result = CliRunner().invoke(main, arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("Error: TensorRT")
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "samples.png").exists()
 
 
 def test_a_plan_that_nothing_vouches_for_is_refused_first(tmp_path: Path) -> None:
