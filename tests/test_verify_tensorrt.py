@@ -4,23 +4,28 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import click
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
+from qdq import conv_model
 
 from dmq_export.cli import main
+from dmq_export.export import save_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "verify_tensorrt.sh"
+HELPER = ROOT / "bench" / "trt_verdict.py"
 OPTIONS = {name: {option for each in command.params for option in each.opts} for name, command in main.commands.items()}
 
 
 @pytest.fixture(scope="module")
 def helper() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("trt_verdict", ROOT / "bench" / "trt_verdict.py")
+    spec = importlib.util.spec_from_file_location("trt_verdict", HELPER)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,22 +45,35 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 
 def test_without_a_checkpoint_it_says_how_it_is_used() -> None:
-    result = subprocess.run([str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "scripts/verify_tensorrt.sh CHECKPOINT [FOLDER] [BATCH]" in result.stderr
+    for arguments in ([], ["--runtime"], ["--runtime", "tensorrt-rtx"], ["--runtime", "tpu", "ckpt"], list("abcd")):
+        result = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "verify_tensorrt.sh [--runtime tensorrt|tensorrt-rtx] CHECKPOINT [FOLDER] [BATCH]" in result.stderr
+        assert "Exit 0: the verdict is good; 1: it is not; 2: usage." in result.stderr
 
 
 def test_every_command_and_option_it_uses_exists() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
     lines = re.findall(r"^\s*run dmq-export ([a-z]\S*)(.*)$", text, re.M)
-    assert [name for name, _ in lines] == ["onnx", "onnx", "lint", "trt-build", "inspect"]
+    assert [name for name, _ in lines] == ["doctor", "onnx", "onnx", "lint", "trt-build", "inspect", "bench", "bench"]
+    lines += [("trt-build", settings) for settings in re.findall(r"settings=\((.*)\)", text)]
+    assert len(lines) == 10
     for name, rest in lines:
-        assert set(re.findall(r"\s(--?[a-z][a-z-]*)", rest)) <= OPTIONS[name], name
+        assert set(re.findall(r"(?:^|\s)(--?[a-z][a-z-]*)", rest)) <= OPTIONS[name], name
+
+
+def test_the_engines_it_names_are_read_as_it_means_them(tmp_path: Path) -> None:
+    """``bench`` gets as far as the file, which is not there."""
+    for prefix in ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt-rtx"):
+        result = CliRunner().invoke(main, ["bench", f"{prefix}:{tmp_path / 'int8.plan'}"])
+        assert f"Error: {tmp_path / 'int8.plan'} is no engine" in result.stderr
 
 
 def test_every_value_it_chooses_is_allowed() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
-    chosen = dict(re.findall(r"(--[a-z-]+) ([a-z0-9]+)\b", " ; ".join(re.findall(r"run dmq-export.*", text))))
+    chosen = dict(
+        re.findall(r"(--[a-z-]+) ([a-z0-9]+)\b", " ; ".join(re.findall(r"run dmq-export.*|settings=.*", text)))
+    )
     parameters = {option: each for command in main.commands.values() for each in command.params for option in each.opts}
     assert {"--target", "--dtype", "--optimization-level"} <= set(chosen)
     for option, value in chosen.items():
@@ -64,3 +82,10 @@ def test_every_value_it_chooses_is_allowed() -> None:
 
 def test_the_shape_option_fills_in_the_batch(helper: ModuleType, tiny_onnx: Path) -> None:
     assert helper.shape_option(ir.load(tiny_onnx), 3) == "sample:3x1x8x8"
+
+
+def test_the_plain_network_is_written_without_quantizers(helper: ModuleType, tmp_path: Path) -> None:
+    save_onnx(conv_model(), tmp_path / "int8.onnx")
+    command = [sys.executable, str(HELPER), "float16", str(tmp_path / "int8.onnx"), str(tmp_path / "float16.onnx")]
+    subprocess.run(command, check=True)
+    assert {node.op_type for node in ir.load(tmp_path / "float16.onnx").graph} == {"Conv"}
