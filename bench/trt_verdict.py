@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmq_export.errors import DmqError
 from dmq_export.onnx_file import input_sizes, load_onnx
 from dmq_export.table import table
 from dmq_export.verify import rms_ratio
@@ -70,4 +71,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DmqError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

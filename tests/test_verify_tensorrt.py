@@ -5,17 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import click
+import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from host_gpu import plan_for
 from qdq import conv_model
 
 from dmq_export.cli import main
 from dmq_export.export import save_onnx
+from engines.ort import OnnxRuntimeDenoiser
+from engines.tensorrt.summary import KernelSummary
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "verify_tensorrt.sh"
@@ -89,3 +94,32 @@ def test_the_plain_network_is_written_without_quantizers(helper: ModuleType, tmp
     command = [sys.executable, str(HELPER), "float16", str(tmp_path / "int8.onnx"), str(tmp_path / "float16.onnx")]
     subprocess.run(command, check=True)
     assert {node.op_type for node in ir.load(tmp_path / "float16.onnx").graph} == {"Conv"}
+
+
+@pytest.mark.parametrize(
+    ("change", "integer", "expected"),
+    [
+        (lambda y: y, ("conv",), True),
+        (lambda y: y * np.nan, ("conv",), False),
+        (lambda y: 3 * y, ("conv",), False),
+        (lambda y: y, (), False),
+    ],
+)
+def test_the_verdict_is_good_where_numbers_and_kernels_are(
+    helper: ModuleType,
+    tiny_checkpoint_folder: Path,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[np.ndarray], np.ndarray],
+    integer: tuple[str, ...],
+    expected: bool,
+) -> None:
+    """ONNX Runtime stands in for the engine, which needs a GPU."""
+    shutil.copy(tiny_onnx, tmp_path / "portable.onnx")
+    portable = OnnxRuntimeDenoiser(tiny_onnx)
+    denoiser: Callable[..., np.ndarray] = lambda *given, **rest: change(portable(*given, **rest))  # noqa: E731
+    monkeypatch.setattr("engines.tensorrt.engine.TensorRtDenoiser", lambda path: denoiser)
+    kernels = KernelSummary(integer, (), (), {}, None, 0, 0)
+    plan_for("tensorrt-rtx", tmp_path / "int8.plan", kernels=kernels)
+    assert helper.verdict(tiny_checkpoint_folder, tmp_path) is expected
