@@ -39,7 +39,7 @@ MISTAKES = [
 RTX_MISTAKES = [
     *MISTAKES,
     ("tensorrt/environment.py", "rtx.ComputeCapability", "rtx.ComputeCapabilities", "ComputeCapabilities"),
-    ("tensorrt/engine.py", "context(self._cache.config)", "context(self._cache)", "RuntimeCache"),
+    ("tensorrt/engine.py", "context(cache.config)", "context(cache)", "RuntimeCache"),
     ("tensorrt/runtime_cache.py", "config.cuda_graph_strategy", "config.graph_strategy", "graph_strategy"),
     ("tensorrt/runtime_cache.py", "WHOLE_GRAPH_CAPTURE", "WHOLE_CAPTURE", "WHOLE_CAPTURE"),
     ("tensorrt/runtime_cache.py", "Strategy.EAGER", "Strategy.ALWAYS", "ALWAYS"),

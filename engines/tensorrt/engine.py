@@ -63,8 +63,9 @@ class TensorRtDenoiser:
             refit(self._engine, _weights(self.facts, path, weights), runtime, self._log)
         self._stream = Stream()  # and with it the CUDA context that the next line needs
         rtx = runtime == "tensorrt-rtx"
-        self._cache = RuntimeCache(self._engine, path, self.facts.sha256, note) if rtx else None
-        self._context = self._new_context()
+        cache = RuntimeCache(self._engine, path, self.facts.sha256, note) if rtx else None
+        self._context = self._new_context(cache)  # an attribute before the cache that it uses, so that it goes first
+        self._cache = cache
         self._output = output_names(self._engine, runtime)[0]
         self._buffers: dict[str, Buffer] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -90,11 +91,11 @@ class TensorRtDenoiser:
             self._stream.launch(self._graph)
         return self._buffers[self._output].download(self._stream)
 
-    def _new_context(self) -> trt.IExecutionContext:
+    def _new_context(self, cache: RuntimeCache | None) -> trt.IExecutionContext:
         context: trt.IExecutionContext | None = (
             self._engine.create_execution_context()
-            if self._cache is None
-            else self._engine.create_execution_context(self._cache.config)
+            if cache is None
+            else self._engine.create_execution_context(cache.config)
         )
         if context is None:
             raise self._failure("could not prepare the engine")
