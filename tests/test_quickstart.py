@@ -47,9 +47,23 @@ def test_quantized_layers_take_a_fifth_of_their_float_size(result: Quickstart) -
 
 
 @pytest.mark.slow
+def test_the_compiler_runs_every_quantized_product_in_integers(result: Quickstart) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX exists for x86-64 alone")
+    float16 = result.engines["plain float16"]
+    for name in ("w4a8", "w4a6"):
+        engine = result.engines[name]
+        assert len(engine.integer) == 67  # 61 layers, six of them in two parts
+        assert engine.not_integer == ()
+        assert engine.constant_bytes < float16.constant_bytes
+    assert result.compiler in result.text()
+
+
+@pytest.mark.slow
 def test_everything_is_where_the_command_says(result: Quickstart) -> None:
     folder = result.grid.parent
-    assert {path.name for path in folder.iterdir()} == {"w4a8", "w4a8.onnx", "w4a6", "w4a6.onnx", "samples.png"}
+    made = {f"{name}{ending}" for name in ("w4a8", "w4a6") for ending in ("", ".onnx")}
+    engines = {f"{name}{ending}" for name in ("w4a8", "w4a6") for ending in ("-tensorrt.onnx", ".plan", ".engine.json")}
+    assert {path.name for path in folder.iterdir()} == made | {"samples.png"} | (engines if result.engines else set())
     with Image.open(result.grid) as picture:
         assert picture.size[1] == 2 * 3 * 48 + 4  # two bands of float, w4a8 and w4a6
     assert str(result.grid) in result.text()

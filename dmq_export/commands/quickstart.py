@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dmq_export.batch import Batch
 from dmq_export.bits import Bits
 from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
 from dmq_export.commands.engine import float_engine, open_engine
 from dmq_export.commands.onnx import Export, export_onnx
+from dmq_export.commands.trt_build import Order, build_engine
+from dmq_export.errors import DmqError
 from dmq_export.extras import require
 from dmq_export.files import make_folder
 from dmq_export.memory import peak_memory
@@ -20,10 +25,14 @@ from dmq_export.progress import Progress
 from dmq_export.recipe import recipe_from
 from dmq_export.table import table
 
+if TYPE_CHECKING:
+    from engines.tensorrt.summary import KernelSummary
+
 MODEL = "digits"
 NO_LABEL = 10  # the bundled model's label for "any digit"
 VARIANTS = ("w4a8", "w4a6")
 SHOWN = 20  # samples in the picture
+ENGINE_BATCH = Batch(8, 8, 8)  # of the engines: one size, so that the bytes they move are known
 
 
 @dataclass(frozen=True)
@@ -47,17 +56,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """The result; ``seconds`` per variant and stage, ``peak_memory`` in bytes."""
+    """The result.
+
+    Attributes:
+        seconds: by variant and stage.
+        peak_memory: in bytes.
+        engines: what NVIDIA's compiler made of each variant, and of the float16 network; none where it is not here.
+        compiler: its name and version, or why there are no engines.
+    """
 
     rows: tuple[Row, ...]
     seconds: dict[str, dict[str, float]]
     peak_memory: int
     grid: Path
+    engines: dict[str, KernelSummary]
+    compiler: str
 
     def text(self) -> str:
-        """Both tables, the memory, and where the picture is."""
+        """All tables, the memory, and where the picture is."""
         memory = f"peak memory {self.peak_memory / 2**30:.1f} GiB"
-        return f"{self.results()}\n\n{self.times()}\n\n{memory}\npictures of all three from the same noise: {self.grid}"
+        pictures = f"pictures of all three from the same noise: {self.grid}"
+        return "\n\n".join([self.results(), self.made(), self.times(), f"{memory}\n{pictures}"])
 
     def results(self) -> str:
         """The rows as a table."""
@@ -74,6 +93,14 @@ class Quickstart:
             for row in self.rows
         ]
         return table(header, cells, right=range(1, len(header)))
+
+    def made(self) -> str:
+        """What the compiler made of the variants, as a table."""
+        if not self.engines:
+            return f"no engine was built: {self.compiler}"
+        from engines.tensorrt.summary import figures_table
+
+        return f"engines, built by {self.compiler}\n\n{figures_table(self.engines)}"
 
     def times(self) -> str:
         """Seconds as a table, one column per variant."""
@@ -101,26 +128,24 @@ def quickstart(folder: Path, progress: Progress, *, count: int = 400, seed: int 
     require("quickstart", "torch", "diffusers", "onnxscript", "onnxruntime")
     make_folder(folder)
     settings = SampleSettings(count=count, seed=seed, null_label=NO_LABEL, batch=64)
+    stages = {name: progress.restarted() for name in ("float", *VARIANTS)}
     rows: list[Row] = []
-    seconds: dict[str, dict[str, float]] = {}
     samples: dict[str, Samples] = {}
     for name in VARIANTS:
-        stages = progress.restarted()
-        checkpoint, export = _make(folder, name, seed, stages)
+        checkpoint, export = _make(folder, name, seed, stages[name])
         engine = open_engine(export.path)
         if not samples:
-            float_stages = progress.restarted()
-            samples["float"] = draw_samples(float_engine(MODEL, engine), settings, float_stages)
-            seconds["float"] = float_stages.seconds
+            samples["float"] = draw_samples(float_engine(MODEL, engine), settings, stages["float"])
             rows.append(Row("float", export.float32_bytes, None, None, None, _agreement(samples["float"])))
-        samples[name] = draw_samples(engine, settings, stages)
-        seconds[name] = stages.seconds
+        samples[name] = draw_samples(engine, settings, stages[name])
         sqnr = checkpoint.metrics["prediction_sqnr_db"]["both"]
         quality = (float(np.mean(sqnr)), min(sqnr), psnr(samples["float"], samples[name]))
         rows.append(Row(name, export.quantized_bytes, *quality, _agreement(samples[name])))
+    engines, compiler = _engines(folder, stages)
     grid = folder / "samples.png"
     save_grid({name: drawn[:SHOWN] for name, drawn in samples.items()}, grid)
-    return Quickstart(tuple(rows), seconds, peak_memory(), grid)
+    seconds = {name: each.seconds for name, each in stages.items()}
+    return Quickstart(tuple(rows), seconds, peak_memory(), grid, engines, compiler)
 
 
 def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Checkpoint, Export]:
@@ -134,6 +159,28 @@ def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Check
     resources = Resources(torch.device("cpu"))
     checkpoint = calibrate(BUNDLED / MODEL, folder / name, recipe, resources, progress, fresh=True)
     return checkpoint, export_onnx(folder / name, folder / f"{name}.onnx", progress)
+
+
+def _engines(folder: Path, stages: Mapping[str, Progress]) -> tuple[dict[str, KernelSummary], str]:
+    """Engines of all variants for RTX GPUs, and what built them; or none, and why there is none."""
+    from engines.tensorrt.build import BuildSettings
+    from engines.tensorrt.rtx_build import require_rtx
+
+    try:
+        require_rtx()
+    except DmqError as error:
+        return {}, str(error)
+    engines: dict[str, KernelSummary] = {}
+    compiler, order = "", Order(runtime="tensorrt-rtx", beside_float16=True)
+    for name in VARIANTS:
+        onnx = folder / f"{name}-tensorrt.onnx"
+        export_onnx(folder / name, onnx, stages[name], target="tensorrt", dtype="float16", batch=ENGINE_BATCH)
+        facts = build_engine(onnx, folder / f"{name}.plan", order, BuildSettings(), stages[name], lambda _: None).facts
+        assert facts.kernels is not None
+        assert facts.float16 is not None
+        compiler, engines[name] = facts.machine.title, facts.kernels
+        float16 = facts.float16
+    return engines | {"plain float16": float16}, compiler
 
 
 def _agreement(samples: Samples) -> float:

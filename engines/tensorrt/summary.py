@@ -78,11 +78,16 @@ def summary_text(engine: KernelSummary, float16: KernelSummary | None = None) ->
     runs = {name: "Int8" for name in layer_names(engine.integer)}
     runs |= {name: "float" for name in layer_names(engine.float_products)}
     runs |= {name: "float, meant for Int8" for name in layer_names(engine.not_integer)}
-    columns = {"engine": _figures(engine)} | ({} if float16 is None else {"plain float16": _figures(float16)})
-    rows = [(what, *(figures[what] for figures in columns.values())) for what in columns["engine"]]
-    figures = table(("", *columns), rows, right=tuple(range(1, len(columns) + 1)))
+    figures = figures_table({"engine": engine} | ({} if float16 is None else {"plain float16": float16}))
     notes = [FIX] if engine.activation_bytes is None else []
     return "\n\n".join([table(("product", "runs in"), list(runs.items())), figures, *notes])
+
+
+def figures_table(engines: Mapping[str, KernelSummary]) -> str:
+    """A column of figures for each engine, under its name."""
+    columns = {name: _figures(summary) for name, summary in engines.items()}
+    rows = [(what, *(figures[what] for figures in columns.values())) for what in next(iter(columns.values()))]
+    return table(("", *columns), rows, right=range(1, len(columns) + 1))
 
 
 def layer_names(nodes: Sequence[str]) -> list[str]:
