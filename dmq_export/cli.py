@@ -164,12 +164,38 @@ def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices:
 
 @main.command()
 @click.argument("file", type=FOLDER)
+@click.option("--runtime", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", help="Whose rules.")
+@click.option("--runtime-version", "version", metavar="VERSION", help="[default: 1.7.1; 10.10 for tensorrt]")
+@click.option("--gpu", metavar="SM", help="Compute capability, such as sm89.  [default: the runtime's own choice]")
+@click.option("--compile", "compiles", is_flag=True, help="Ask TensorRT-RTX's compiler too; needs no GPU.")
+@click.option("--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="For --compile.  [default: open sizes are 1]")
 @json_option
-def lint(file: Path, as_json: bool) -> None:
-    """Check the ONNX FILE, of any tool, against TensorRT's rules for quantized graphs; exit 1 on errors."""
-    from dmq_export.commands.lint import lint_file
+def lint(
+    file: Path,
+    runtime: Any,
+    version: str | None,
+    gpu: str | None,
+    compiles: bool,
+    shapes: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what TensorRT-RTX, or TensorRT, would say of the ONNX FILE, of any tool; exit 1 where it takes none.
 
-    result = lint_file(file)
+    \b
+    dmq-export lint model.onnx                       by rules, without either
+    dmq-export lint model.onnx --compile             by rules and by TensorRT-RTX's compiler
+    dmq-export lint model.onnx --runtime tensorrt --runtime-version 10.13
+    """
+    from dmq_export.commands.lint import lint_file
+    from dmq_export.lint import lint_target
+    from engines.tensorrt.profile import parse_shapes
+
+    target = lint_target(runtime, version, gpu)
+    if target.note is not None:
+        click.echo(target.note, err=True)
+    if shapes and not compiles:
+        raise click.UsageError("--shapes is for --compile.")
+    result = lint_file(file, target, parse_shapes(shapes) if compiles else None)
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
     click.get_current_context().exit(0 if result.ok else 1)
 

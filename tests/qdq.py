@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -44,26 +45,39 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op_type, inputs, [f"{name}_out"], name, **attributes))
         return f"{name}_out"
 
-    def pair(self, x: str, scale: Any = 0.1, **attributes: Any) -> str:
-        """QuantizeLinear and DequantizeLinear with an INT8 zero point of 0."""
-        zero = self.constant(np.zeros_like(np.asarray(scale), np.int8), np.int8)
+    def pair(self, x: str, scale: Any = 0.1, dtype: Any = np.int8, **attributes: Any) -> str:
+        """QuantizeLinear and DequantizeLinear with a zero point of 0."""
+        zero = self.constant(np.zeros_like(np.asarray(scale)), dtype)
         scales = self.constant(scale)
-        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, scales, zero, **attributes), scales, zero)
+        codes = self.op("QuantizeLinear", x, scales, zero, **attributes)
+        return self.op("DequantizeLinear", codes, scales, zero, **attributes)
 
     def weight(self, *shape: int, axis: int | None = 0, scale: Any = None, dtype: Any = np.int8) -> str:
         """INT8 codes and their DequantizeLinear."""
         if scale is None:
-            scale = np.full(shape[axis] if axis is not None else (), 0.1)
+            scale = 0.1 if axis is None else 0.1 + 0.001 * np.arange(shape[axis])
         attributes = {} if axis is None else {"axis": axis}
         codes = self.constant(np.ones(shape), dtype)
         return self.op("DequantizeLinear", codes, self.constant(scale), **attributes)
 
-    def model(self, *outputs: str) -> ir.Model:
+    def blocks(self, *shape: int, scales: tuple[int, ...], axis: int = 0, dtype: Any = ml_dtypes.int4) -> str:
+        """Codes, with a scale per block, each another, and their DequantizeLinear."""
+        varied = 0.1 + 0.001 * np.arange(np.prod(scales)).reshape(scales)
+        return self.op("DequantizeLinear", self.constant(np.ones(shape), dtype), self.constant(varied), axis=axis)
+
+    def model(self, *outputs: str, typed: bool = True) -> ir.Model:
+        """The graph; outputs whose type ONNX cannot infer get the builder's."""
         values = [helper.make_empty_tensor_value_info(name) for name in outputs]
         graph = helper.make_graph(self.nodes, "graph", self.inputs, values, self.initializers)
-        return ir.from_proto(
-            helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
-        )
+        domains = {node.domain: 1 for node in self.nodes if node.domain} | {"": self.opset}
+        imports = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+        inferred = onnx.shape_inference.infer_shapes(model).graph.output
+        for value, found in zip(model.graph.output, inferred, strict=True) if typed else ():
+            value.type.tensor_type.elem_type = found.type.tensor_type.elem_type or helper.np_dtype_to_tensor_dtype(
+                np.dtype(self.dtype)
+            )
+        return ir.from_proto(model)
 
 
 def conv_model(**changes: Any) -> ir.Model:
@@ -83,7 +97,7 @@ def wide_model() -> ir.Model:
     clipped = b.op("Clip", x, b.constant(-3.2), b.constant(3.1))
     data = b.pair(clipped, 0.1)
     convolved = b.op("Conv", data, b.weight(CHANNELS, CHANNELS, 3, 3), pads=[1, 1, 1, 1])
-    transposed = b.op("ConvTranspose", data, b.weight(CHANNELS, CHANNELS, 3, 3, axis=1), pads=[1, 1, 1, 1])
+    transposed = b.op("ConvTranspose", x, b.constant(np.ones((CHANNELS, CHANNELS, 3, 3))), pads=[1, 1, 1, 1])
     added = b.op("Add", b.pair(convolved, 0.2), b.pair(transposed, 0.3))
     joined = b.op("Concat", b.pair(added, 0.4), b.pair(x, 0.4), axis=1)
     rows = b.op("Reshape", joined, b.constant([-1, 2 * CHANNELS], np.int64))

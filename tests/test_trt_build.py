@@ -93,7 +93,7 @@ def test_a_missing_runtime_is_said_before_all_else(onnx: Path, out: Path, monkey
 def test_what_the_linter_refuses_is_not_built(tiny_onnx: Path, out: Path, gpu: dict[str, Any]) -> None:
     result = run(tiny_onnx, "-o", out / "m.plan")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "cannot become a TensorRT engine" in result.stderr
+    assert "cannot become an engine of TensorRT-RTX" in result.stderr
     assert list(out.iterdir()) == []
     assert "source" not in gpu
 

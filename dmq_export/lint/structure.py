@@ -10,8 +10,29 @@ from dmq_export.lint.finding import Rule
 from dmq_export.lint.view import QdqGraph, attribute, dequantized, element_type, shape
 
 Breaches = Iterator[tuple[ir.Node | None, str]]
-INTEGER_OPS = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 NEWEST_OPSET = 22  # of the parser of TensorRT 10.10; later ones take more and do not say how much
+IMPORTED = frozenset(  # types of constants, inputs and outputs
+    {
+        ir.DataType.BFLOAT16,
+        ir.DataType.BOOL,
+        ir.DataType.DOUBLE,
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT16,
+        ir.DataType.FLOAT4E2M1,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.INT32,
+        ir.DataType.INT4,
+        ir.DataType.INT64,
+        ir.DataType.INT8,
+        ir.DataType.UINT8,
+    }
+)
+OLDEST_GPU = {  # of each type
+    ir.DataType.BFLOAT16: 80,
+    ir.DataType.INT4: 80,
+    ir.DataType.FLOAT8E4M3FN: 89,
+    ir.DataType.FLOAT4E2M1: 120,
+}
 SMALL, MULTIPLE = 16, 8  # channels below and besides which NVIDIA's own quantizer leaves an operator float
 
 
@@ -32,9 +53,39 @@ def _new_opset(graph: QdqGraph) -> Breaches:
         yield None, f"opset {graph.opset}"
 
 
-def _integer_ops(graph: QdqGraph) -> Breaches:
-    for node in graph.of_type(*INTEGER_OPS):
-        yield node, node.op_type
+def _constant_types(graph: QdqGraph) -> Breaches:
+    for each in graph.model.graphs():
+        for value in each.initializers.values():
+            if value.const_value is not None and value.const_value.dtype not in IMPORTED:
+                reader = next((use.node for use in value.uses()), None)
+                yield reader, f"{value.const_value.dtype.name} constants"
+    for node in graph.of_type("Constant"):
+        kind = element_type(node.outputs[0])
+        if kind is not None and kind not in IMPORTED:
+            yield node, f"{kind.name} constants"
+
+
+def _interface_types(graph: QdqGraph) -> Breaches:
+    for value in graph.model.graph.inputs:
+        if value.dtype is not None and value.dtype not in IMPORTED:
+            yield None, f"input {value.name} of type {value.dtype.name}"
+    for name in graph.untyped_outputs:
+        yield None, f"output {name} without a type"
+
+
+def _gpu_types(graph: QdqGraph) -> Breaches:
+    gpu = graph.target.gpu
+    found: dict[ir.DataType, ir.Node] = {}
+    for node in graph.nodes if gpu is not None else ():
+        for value in (*node.inputs, *node.outputs):
+            kind = element_type(value) if value is not None else None
+            if kind in OLDEST_GPU:
+                found.setdefault(kind, node)
+    for each in graph.quantizers if gpu is not None else ():
+        found.setdefault(each.type, each.node)
+    for kind, node in found.items():
+        if gpu is not None and gpu < OLDEST_GPU.get(kind, 0):
+            yield node, f"{kind.name} on sm{gpu}"
 
 
 def _small_layers(graph: QdqGraph) -> Breaches:
@@ -51,17 +102,10 @@ def _small_layers(graph: QdqGraph) -> Breaches:
             yield node, f"a {node.op_type} of {' x '.join(map(str, channels))} channels"
 
 
-def _biases(graph: QdqGraph) -> Breaches:
-    for node in graph.of_type("Conv", "ConvTranspose", "Gemm"):
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None and (dequantized(bias) is not None or element_type(bias) == ir.DataType.INT32):
-            yield node, "a quantized bias"
-
-
 def _gemm_factors(graph: QdqGraph) -> Breaches:
     for node in graph.of_type("Gemm"):
         alpha, beta = (attribute(node, name, 1.0) for name in ("alpha", "beta"))
-        if (alpha, beta) != (1.0, 1.0):
+        if (alpha, beta) != (1.0, 1.0) and element_type(node.outputs[0]) == ir.DataType.FLOAT16:
             yield node, f"alpha {alpha:g}, beta {beta:g}"
 
 
@@ -79,47 +123,71 @@ def _float_type(graph: QdqGraph) -> Breaches:
 
 RULES = (
     Rule(
+        "constant-type",
+        "refused",
+        "refused",
+        "constants of FLOAT, FLOAT16, BFLOAT16, DOUBLE, INT8, INT4, FLOAT8E4M3FN, FLOAT4E2M1, INT32, INT64, UINT8 or "
+        "BOOL, used or not",
+        "onnx --target tensorrt writes INT8; elsewhere store the constant in another type",
+        _constant_types,
+    ),
+    Rule(
+        "interface-type",
+        "refused",
+        "refused",
+        "inputs of a type that the runtime has, and outputs that state theirs",
+        "state the type of every output; cast inputs outside",
+        _interface_types,
+    ),
+    Rule(
+        "gpu-type",
+        "refused",
+        "refused",
+        "BFLOAT16 and INT4 from sm80, FLOAT8E4M3FN from sm89, FLOAT4E2M1 from sm120",
+        "choose a newer GPU with --gpu, or another type",
+        _gpu_types,
+    ),
+    Rule(
         "opset",
-        "error",
+        None,
+        "refused",
         "opset 13 for scales per channel, 19 for FLOAT16 scales, 21 for 4-bit codes",
         "export with a newer opset",
         _needed_opset,
     ),
     Rule(
         "opset-newest",
-        "warning",
+        None,
+        "slower",
         f"opset {NEWEST_OPSET} at most is documented for TensorRT 10.10; later releases take more",
         "export with an older opset",
         _new_opset,
-    ),
-    Rule(
-        "integer-operator",
-        "error",
-        "QuantizeLinear and DequantizeLinear around float operators; TensorRT has no importer for "
-        + ", ".join(INTEGER_OPS),
-        "quantize in the QDQ form",
-        _integer_ops,
+        until=(11,),
     ),
     Rule(
         "small-layer",
-        "warning",
+        "slower",
+        "slower",
         f"{SMALL} channels or more on both sides, multiples of {MULTIPLE}, one group: others often run faster in float",
         "measure with the layer left float (calibrate --float-layer NAME)",
         _small_layers,
+        tried=False,
     ),
-    Rule("quantized-bias", "warning", "a float bias", "leave the bias float", _biases),
     Rule(
         "gemm-factors",
-        "warning",
-        "alpha and beta of 1: others become float32 constants, which a float16 graph refuses",
+        None,
+        "refused",
+        "alpha and beta of 1 in a float16 Gemm: others become float32 constants",
         "multiply the factors into weights and bias",
         _gemm_factors,
     ),
-    Rule("gemm-rank", "error", "matrices; MatMul takes more dimensions", "use MatMul", _gemm_ranks),
+    Rule("gemm-rank", "refused", "refused", "matrices; MatMul takes more dimensions", "use MatMul", _gemm_ranks),
     Rule(
         "float32-graph",
-        "warning",
-        "a float16 graph: TensorRT runs everything outside the 8-bit kernels in the types the graph states",
+        "slower",
+        "slower",
+        "a float16 graph: all but the 8-bit kernels runs in the types that the graph states, and attention is one "
+        "kernel in 16 bits only",
         "export with --dtype float16",
         _float_type,
     ),

@@ -13,9 +13,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from dmq_export.lint.target import LintTarget
+
+DEFAULT = LintTarget()
+UNTYPED = "dmq_export.untyped_outputs"  # key of what the file did not say before types were inferred
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 TRANSPARENT = frozenset({"Cast", "Identity"})  # the parser looks for a constant through these
+RANDOM = frozenset({"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"})  # no inputs, and no constants
 INT4 = frozenset({ir.DataType.INT4, ir.DataType.FLOAT4E2M1})
+TRT_NODES = {  # of Model Optimizer's exports from PyTorch; TensorRT's parser reads them in any domain
+    "TRT_FP8QuantizeLinear": ("QuantizeLinear", ir.DataType.FLOAT8E4M3FN),
+    "TRT_FP8DequantizeLinear": ("DequantizeLinear", ir.DataType.FLOAT8E4M3FN),
+    "TRT_INT4QuantizeLinear": ("QuantizeLinear", ir.DataType.INT4),
+    "TRT_INT4DequantizeLinear": ("DequantizeLinear", ir.DataType.INT4),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +55,6 @@ class Quantizer:
     @cached_property
     def of_weight(self) -> bool:
         """Whether the data is constant, directly or as the codes of a constant."""
-        producer = source(self.data).producer()
-        if producer is not None and producer.op_type == "QuantizeLinear" and producer.inputs[0] is not None:
-            return is_constant(producer.inputs[0])
         return is_constant(self.data)
 
     @property
@@ -54,8 +62,10 @@ class Quantizer:
         """Type of the codes; UINT8 for a QuantizeLinear that does not say, as ONNX has it."""
         if self.dequantizes:
             before = self.codes_of()
+            if before is not None:
+                return before.type
             known = element_type(self.data) or (element_type(self.zero_point) if self.zero_point else None)
-            return known or (before.type if before is not None else ir.DataType.UNDEFINED)
+            return known or ir.DataType.UNDEFINED
         if self.zero_point is not None:
             return element_type(self.zero_point) or ir.DataType.UNDEFINED
         return ir.DataType(attribute(self.node, "output_dtype", 0) or ir.DataType.UINT8)
@@ -69,11 +79,16 @@ class Quantizer:
 class QdqGraph:
     """All nodes of a model, subgraphs included; what has no type or shape in the model has none here."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.nodes = [
-            node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain in ("", "ai.onnx")
-        ]
+    def __init__(self, model: ir.Model, target: LintTarget = DEFAULT) -> None:
+        self.model = model
+        self.target = target
+        self.nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
         self.opset = model.opset_imports.get("", 0)
+
+    @property
+    def untyped_outputs(self) -> list[str]:
+        """Outputs of the graph whose type the file does not state."""
+        return list(self.model.meta.get(UNTYPED, ()))
 
     @cached_property
     def quantizers(self) -> list[Quantizer]:
@@ -92,6 +107,10 @@ class QdqGraph:
             if all(each is not None and each.type == ir.DataType.INT8 for each in pair):
                 yield node
 
+    def axis(self, each: Quantizer) -> int:
+        """Axis of its scales; where none is stated, the one that the parser takes: 1, and 0 before opset 13."""
+        return each.axis if each.axis is not None else int(self.opset >= 13)
+
     def of_type(self, *op_types: str) -> Iterator[ir.Node]:
         return (node for node in self.nodes if node.op_type in op_types)
 
@@ -101,8 +120,15 @@ class QdqGraph:
 
 
 def with_types(model: ir.Model) -> ir.Model:
-    """A copy in which every value has a type and a shape, where ONNX can infer them."""
+    """A copy in which every value has a type and a shape, where ONNX can infer them.
+
+    Functions are written out in it, and quantizers of TensorRT's own domain have ONNX's names.
+    """
     typed = model.clone()
+    typed.meta[UNTYPED] = [str(value.name) for value in typed.graph.outputs if value.dtype is None]
+    if typed.functions:
+        common.InlinePass()(typed)
+    _rename_trt_nodes(typed)
     inference = logging.getLogger("onnx_ir")
     level = inference.level
     inference.setLevel(logging.ERROR)  # what cannot be inferred stays unknown, and the rules say nothing of it
@@ -111,6 +137,21 @@ def with_types(model: ir.Model) -> ir.Model:
     finally:
         inference.setLevel(level)
     return typed
+
+
+def _rename_trt_nodes(model: ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.domain = ""  # the parser looks at the name alone
+        if node.op_type in TRT_NODES:
+            node.op_type, codes = TRT_NODES[node.op_type]
+            node.domain = ""
+            kind = (
+                codes if node.op_type == "QuantizeLinear" else element_type(node.inputs[1]) if node.inputs[1] else None
+            )
+            if node.op_type == "QuantizeLinear":
+                node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", codes.value)
+            node.outputs[0].type = ir.TensorType(kind) if kind is not None else None
 
 
 def quantizer(node: ir.Node | None) -> Quantizer | None:
@@ -156,10 +197,23 @@ def tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether ``value`` is known when an engine is built; the weights of a file may be absent."""
-    if value is None:
-        return False
-    return tensor(value) is not None or source(value).is_initializer()
+    """Whether ``value`` is known when an engine is built, so that the builder folds what makes it.
+
+    The weights of a file may be absent.
+    """
+    pending, seen = [value], set[int]()
+    while pending:
+        each = pending.pop()
+        if each is None:
+            return False
+        if id(each) in seen or tensor(each) is not None or each.is_initializer():
+            continue
+        seen.add(id(each))
+        producer = each.producer()
+        if producer is None or producer.op_type in RANDOM:
+            return False
+        pending += [needed for needed in producer.inputs if needed is not None]
+    return True
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
