@@ -65,17 +65,17 @@ def test_an_onnx_file_of_another_tool_is_counted(tmp_path: Path) -> None:
     ir.save(wide_model(), tmp_path / "wide.onnx")
     summary = inspect_onnx(tmp_path / "wide.onnx")
     assert summary.facts is None
-    assert summary.products == {"int8": 4, "float": 1, "quantized": 1}
+    assert summary.products == {"int8": 3, "float": 2, "quantized": 1}
     assert summary.pairs == {
         "QuantizeLinear of activations, INT8": 7,
         "DequantizeLinear of activations, INT8": 7,
-        "DequantizeLinear of weights, INT8": 4,
+        "DequantizeLinear of weights, INT8": 3,
         "DequantizeLinear of weights, INT4": 1,
     }
     assert summary.operators["MatMul"] == 3
     assert summary.weights["INT4"] == (1, 128 * 32 // 2)
-    codes = 2 * 32 * 32 * 9 + 64 * 32 + 32 * 32
-    assert summary.weights["INT8"] == (4 + 7, codes + 7)
+    codes = 32 * 32 * 9 + 64 * 32 + 32 * 32
+    assert summary.weights["INT8"] == (3 + 7, codes + 7)
 
 
 def test_our_own_onnx_file_tells_what_stayed_float_and_why(tiny_onnx: Path, tiny_checkpoint: Checkpoint) -> None:

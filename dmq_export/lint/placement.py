@@ -14,7 +14,6 @@ from dmq_export.lint.view import (
     WEIGHTED,
     QdqGraph,
     Quantizer,
-    attribute,
     constant,
     consumers,
     dequantized,
@@ -159,26 +158,13 @@ def _concatenations(graph: QdqGraph) -> Breaches:
 
 
 def _paddings(graph: QdqGraph) -> Breaches:
-    for node, user in _pads(graph):
-        yield node, f"a Pad before a {user.op_type}"
-
-
-def _special_paddings(graph: QdqGraph) -> Breaches:
-    for node, user in _pads(graph):
-        mode = attribute(node, "mode", "constant")
-        if mode != "constant":
-            yield node, f"a Pad of mode {mode} before a {user.op_type}"
-
-
-def _pads(graph: QdqGraph) -> Iterator[tuple[ir.Node, ir.Node]]:
-    """Every Pad directly in front of a weighted operator or its quantizer, and that operator."""
     for node in graph.weighted:
         data = dequantized(node.inputs[0])
         codes = data.codes_of() if data is not None else None
         value = codes.data if codes is not None else node.inputs[0]
         producer = value.producer() if value is not None else None
         if producer is not None and producer.op_type == "Pad":
-            yield producer, node
+            yield producer, f"a Pad before a {node.op_type}"
 
 
 def _redundant(graph: QdqGraph) -> Breaches:
@@ -346,14 +332,6 @@ RULES = (
         "one scale for all branches of a Concat; others are quantized again",
         "quantize behind the Concat, or with one scale",
         _concatenations,
-    ),
-    Rule(
-        "pad-mode",
-        "slower",
-        None,
-        "padding by a constant; other modes are a kernel of their own",
-        "pad by a constant, or use the pads attribute",
-        _special_paddings,
     ),
     Rule(
         "pad-before-op",
