@@ -16,6 +16,7 @@ from dmq_export.commands.trt_build import integer_nodes, read_source
 from dmq_export.errors import DmqError
 from dmq_export.onnx_file import load_onnx
 from engines.tensorrt import build as trt_build
+from engines.problem import Problem
 from engines.tensorrt import environment as trt_environment
 from engines.tensorrt.plan_file import read_plan
 from engines.tensorrt.profile import ShapeRange, parse_shapes
@@ -83,7 +84,7 @@ def test_a_layer_that_is_not_what_it_was_meant_to_be_is_told(onnx: Path, out: Pa
 
 
 def test_a_missing_runtime_is_said_before_all_else(onnx: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_environment, "missing", lambda: ["no NVIDIA driver: use a machine with one"])
+    monkeypatch.setattr(trt_environment, "missing", lambda: [Problem("no NVIDIA driver", "use a machine with one")])
     result = run(onnx, "-o", out / "m.plan", "--shapes", "y:1", "--runtime", "tensorrt")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "Error: TensorRT cannot work here: no NVIDIA driver: use a machine with one\n"

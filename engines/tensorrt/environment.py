@@ -37,7 +37,7 @@ def require_tensorrt() -> Machine:
     Raises:
         DmqError: it cannot; the message says what is missing and how to get it.
     """
-    return _machine("tensorrt", missing("tensorrt"), "work")
+    return _machine("tensorrt", missing(), "work")
 
 
 def require_runtime(runtime: Runtime) -> Machine:
