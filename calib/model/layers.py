@@ -39,13 +39,11 @@ class Call:
     """One run of a layer.
 
     Attributes:
-        shape: of its input.
         parts: the channels of each tensor if the input is a concat.
         source: number of its input; layers that are given the same tensor have the same.
     """
 
     name: str
-    shape: tuple[int, ...]
     parts: tuple[int, ...]
     source: int
 
@@ -123,7 +121,7 @@ def observe(source: SourceModel) -> list[Call]:
         number = next((i for i, known in enumerate(inputs) if known() is x), len(inputs))
         if number == len(inputs):
             inputs.append(weakref.ref(x))
-        calls.append(Call(name, tuple(x.shape), concats.parts(x, axis), number))
+        calls.append(Call(name, concats.parts(x, axis), number))
 
     hooks = (
         module.register_forward_pre_hook(lambda module, args, name=name: note(module, args, name))
@@ -131,10 +129,10 @@ def observe(source: SourceModel) -> list[Call]:
         if type(module) in KINDS
     )
     device = next(source.network.parameters()).device
-    conditioning = example_conditioning(source.class_name, source.config, batch=2)
+    conditioning = example_conditioning(source.class_name, source.config, batch=1)
     try:
         with hooked(hooks), torch.no_grad(), concats:
-            sample = torch.zeros(2, *source.sample_shape, device=device)
+            sample = torch.zeros(1, *source.sample_shape, device=device)
             on_device = {name: value.to(device) for name, value in conditioning.items()}
             predict(source.network, sample, torch.tensor(1.0, device=device), on_device)
     except torch.OutOfMemoryError:

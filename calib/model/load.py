@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.model.families import ModelFamily, family_of
 from dmq_export.errors import DmqError, ModelError
@@ -165,9 +165,14 @@ def _require_weights(network: nn.Module, missing: Sequence[str], denoiser: Path)
     """Refuse what diffusers would go on with: random numbers where there are none, and what is no number."""
     if missing:
         raise ModelError(f"the model in {denoiser} does not load: its weights lack {_named(sorted(missing))}")
-    damaged = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
+    damaged = [name for name, value in network.state_dict().items() if not _is_finite(value)]
     if damaged:
         raise ModelError(f"the weights in {denoiser} hold NaN or infinity, in {_named(damaged)}: train it again")
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite; one of those makes the sum so, which is found ten times as fast."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def _named(tensors: Sequence[str]) -> str:

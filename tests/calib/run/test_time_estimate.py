@@ -12,6 +12,7 @@ from models import TINY_RECIPE, save_small_model
 import calib.run.time_estimate
 from calib.fit.layer import fit_nanoseconds
 from calib.model.load import SourceModel, load_model
+from calib.record.conditioning import Conditioning
 from calib.record.layer_inputs import columns_of
 from calib.run.time_estimate import _line, fit_seconds
 from dmq_export.layer import LayerSpec
@@ -100,3 +101,21 @@ def test_on_a_gpu_a_probe_runs_once_untimed_and_waits_for_what_it_started(monkey
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     seconds = iter([100.0, 3.0])  # the first compiles
     assert calib.run.time_estimate._best_seconds(lambda: started.append(next(seconds)), torch.device("cuda")) == 3.0
+
+
+@pytest.mark.parametrize(("alone", "runs"), [(0.125, [1, 8, 8, 8]), (0.5, [1, 4]), (3.0, [1])])
+def test_an_evaluation_is_timed_on_as_many_samples_as_take_a_moment(
+    alone: float, runs: list[int], source: SourceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is made up: each sample takes as long, whatever it is evaluated with."""
+    clock, evaluated = [0.0], []
+
+    def evaluate(_: SourceModel, __: Conditioning, batch: int) -> None:
+        evaluated.append(batch)
+        clock[0] += alone * batch * (1 if batch == 1 else 1.125)
+
+    monkeypatch.setattr(calib.run.time_estimate.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(calib.run.time_estimate, "evaluate_zeros", evaluate)
+    seconds = calib.run.time_estimate.evaluation_seconds(source, Conditioning({}, {}), 8)
+    assert evaluated == runs
+    assert seconds == (alone if runs == [1] else 1.125 * alone)
