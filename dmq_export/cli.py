@@ -213,29 +213,39 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("onnx", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, help="Plan to write, with its .engine.json beside it.")
+@click.option("-o", "--output", type=FOLDER, help="The plan to write; its .engine.json comes beside it.")
 @click.option(
-    "--runtime", type=choice(RuntimeChoice), default="auto", help="auto: TensorRT if it and a GPU are there, else RTX."
+    "--runtime",
+    type=choice(RuntimeChoice),
+    default="auto",
+    help="Which runtime builds; auto takes TensorRT where it and a GPU are there, and TensorRT-RTX elsewhere.",
 )
-@click.option("--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="Of an input of open size: 1x4x64x64,...")
-@click.option("--strict", is_flag=True, help="Fail, and write nothing, if a product meant for Int8 runs in float.")
+@click.option(
+    "--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="The range of an input of open size: 1x4x64x64,..."
+)
+@click.option("--strict", is_flag=True, help="Write nothing and exit with 1 if a product meant for Int8 runs in float.")
 @click.option(
     "--compute-capability",
     multiple=True,
     metavar="X.Y",
-    help="GPU to build for, such as 8.9 (RTX).  [default: NVIDIA's]",
+    help="A kind of GPU that TensorRT-RTX builds for, such as 8.9; may be repeated.  [default: NVIDIA's choice]",
 )
-@click.option("--beside-float16", is_flag=True, help="Compile the graph without quantizers too, to compare (RTX).")
-@click.option("--timing-cache", type=FOLDER, metavar="FILE", help="Read and extended; makes later builds faster.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="5 builds longest and runs fastest.")
-@click.option("--workspace", type=Size(), metavar="SIZE", help="GPU memory for kernels.  [default: all]")
-@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions too.")
 @click.option(
-    "--hardware-compatible", type=choice(HardwareCompatibility), default="none", help="Run on other GPUs too."
+    "--beside-float16", is_flag=True, help="Let TensorRT-RTX compile the graph before quantization too, to compare."
 )
-@click.option("--refit", is_flag=True, help="Weights can be replaced later.")
+@click.option("--timing-cache", type=FOLDER, metavar="FILE", help="A file that makes later builds faster.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="5 builds longest and runs fastest.")
+@click.option("--workspace", type=Size(), metavar="SIZE", help="The GPU memory that kernels may use.  [default: all]")
+@click.option("--version-compatible", is_flag=True, help="Let the plan run on later TensorRT versions too.")
+@click.option(
+    "--hardware-compatible",
+    type=choice(HardwareCompatibility),
+    default="none",
+    help="Let the plan run on other GPUs too.",
+)
+@click.option("--refit", is_flag=True, help="Let the plan's weights be replaced later.")
 @click.option("--strip-weights", is_flag=True, help="Leave the weights out; loading needs the ONNX file.")
-@click.option("--lint-only", is_flag=True, help="Check the file and stop; needs neither TensorRT nor a GPU.")
+@click.option("--lint-only", is_flag=True, help="Check the file and stop; this needs no runtime and no GPU.")
 @json_option
 def trt_build(
     onnx: Path,
@@ -251,8 +261,8 @@ def trt_build(
 ) -> None:
     """Build a plan for NVIDIA GPUs from an ONNX file made by onnx --target tensorrt.
 
-    TensorRT-RTX (--runtime tensorrt-rtx) builds on any machine for GeForce and RTX GPUs. TensorRT builds on a machine
-    with a GPU, for that GPU; the options from --timing-cache on are for it.
+    TensorRT-RTX builds on any machine with Linux or Windows on x86-64, for GeForce and RTX GPUs. TensorRT builds on a
+    machine with a GPU, for that GPU; the options from --timing-cache to --strip-weights are for it alone.
 
     \b
     dmq-export trt-build model.onnx -o model.plan --compute-capability 8.9

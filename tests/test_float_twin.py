@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from diffusers import UNet2DModel
 from layers import SPECS, TIMESTEPS, conv2d, linear, marked_model, random_input, random_layer
 from qdq import GraphBuilder, conv_model
 from reference import add_bias, dequantize_weight, operate, shift_of_columns
+from rtx import needs_rtx
 
+from dmq_export.batch import Batch
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import ExportError
@@ -21,6 +25,7 @@ from dmq_export.integer import lower_integer
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lowering import lower
 from engines.ort import OnnxSession
+from engines.tensorrt.compiler import Compiled, Request, compile_onnx
 
 FITTING = {name: spec for name, spec in SPECS.items() if spec.bits.weight < 8}
 HALF = 2e-3  # of the largest output: half precision's rounding of the weights, of the input and of sums
@@ -126,3 +131,36 @@ def test_codes_that_come_from_outside_have_no_float_graph() -> None:
 def test_it_can_be_written_and_read(tmp_path: Path) -> None:
     ir.save(float_twin(conv_model()), tmp_path / "m.onnx", external_data="m.onnx.data")
     assert [node.op_type for node in ir.load(tmp_path / "m.onnx").graph] == ["Conv"]
+
+
+@needs_rtx
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # PyTorch's exporter
+def test_the_compiler_makes_of_it_what_it_makes_of_pytorchs_own_export(
+    tiny_model: Path, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    ir.save(
+        float_twin(export_graph(tiny_checkpoint, "tensorrt", "float16", Batch(2, 2, 2)).model), tmp_path / "twin.onnx"
+    )
+    plain_export(tiny_model, tiny_checkpoint.probe.sample[0][:2], tmp_path / "plain.onnx")
+    twin, plain = (compile_onnx(Request(tmp_path / f"{name}.onnx")) for name in ("twin", "plain"))
+    assert isinstance(twin, Compiled)
+    assert isinstance(plain, Compiled)
+    assert twin.table.kinds == plain.table.kinds
+    assert twin.table.activation_bytes == plain.table.activation_bytes
+    assert abs(twin.table.constant_bytes - plain.table.constant_bytes) < 0.02 * plain.table.constant_bytes
+
+
+def plain_export(folder: Path, sample: np.ndarray, path: Path) -> None:
+    """The float16 network as PyTorch exports it, with nothing of ours."""
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = UNet2DModel.from_pretrained(folder / "unet").half()
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.unet(sample, timestep, labels, return_dict=False)[0]
+
+    inputs = torch.from_numpy(sample).half(), torch.tensor(10.0), torch.tensor([0, 1])
+    program = torch.onnx.export(Network().eval(), inputs, dynamo=True, opset_version=21, verbose=False)
+    program.save(path)

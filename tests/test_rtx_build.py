@@ -105,7 +105,7 @@ def test_a_float_product_is_told_and_refused_where_that_is_asked(tmp_path: Path,
     onnx = saved(float_product(), tmp_path / "m.onnx")
     result = run(onnx, "-o", plan, "--strict")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "--strict: 1 products meant for Int8 run in float, nothing is written: layer3;" in result.stderr
+    assert "--strict: meant for Int8, but run in float: layer3; nothing is written" in result.stderr
     assert list(plan.parent.iterdir()) == []
     assert "float, meant for Int8" in run(onnx, "-o", plan).stdout
 

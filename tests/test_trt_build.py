@@ -191,7 +191,7 @@ def test_an_engine_that_is_not_as_meant_is_refused_where_that_is_asked(
     gpu["kernels"] = [layer("layer3/Conv", "CaskConvolution", HALF, HALF)]
     result = run(onnx, "-o", out / "m.plan", "--strict")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "--strict: 1 products meant for Int8 run in float, nothing is written: layer3;" in result.stderr
+    assert "--strict: meant for Int8, but run in float: layer3; nothing is written" in result.stderr
     assert list(out.iterdir()) == []
 
 

@@ -109,7 +109,7 @@ def build_engine(
     if output.suffix != ".plan":
         raise DmqError(f"{output} must end in .plan, as sample expects")
     require_file(output)
-    runtime = choose_runtime(order, settings)
+    runtime = choose_runtime(order, settings, note)
     model = load_onnx(onnx)
     require_clean(model, onnx, note)
     source = read_source(model, onnx, order.shapes or {}, note)
@@ -132,10 +132,11 @@ def require_clean(model: ir.Model, onnx: Path, note: Callable[[str], None]) -> N
         require_buildable(findings, str(onnx))
     except CheckFailedError as error:  # here it is bad input, not the result of a check
         raise DmqError(str(error)) from error
-    note(f"{onnx} has no lint errors, {len(findings)} warnings (dmq-export lint shows them)")
+    warnings = f"{len(findings)} warning{'s' * (len(findings) != 1)}"
+    note(f"{onnx} has no lint errors, {warnings}{' (dmq-export lint shows them)' * bool(findings)}")
 
 
-def choose_runtime(order: Order, settings: BuildSettings) -> Runtime:
+def choose_runtime(order: Order, settings: BuildSettings, note: Callable[[str], None]) -> Runtime:
     """The runtime to build for, which can build here.
 
     Raises:
@@ -158,6 +159,8 @@ def choose_runtime(order: Order, settings: BuildSettings) -> Runtime:
         [name for name, value in asdict(settings).items() if value != defaults[name]], "TensorRT", "--runtime tensorrt"
     )
     require_rtx()
+    if order.runtime == "auto":
+        note("TensorRT-RTX builds, because TensorRT or its GPU is not here (dmq-export doctor says what is missing)")
     return runtime
 
 
@@ -211,8 +214,8 @@ def require_integer(plan: Plan) -> None:
     names = layer_names(not_integer(plan.facts, plan.layers))
     if names:
         raise CheckFailedError(
-            f"--strict: {len(names)} products meant for Int8 run in float, nothing is written: {', '.join(names)}; see "
-            "dmq-export lint, or build without --strict"
+            f"--strict: meant for Int8, but run in float: {', '.join(names)}; nothing is written: see dmq-export lint, "
+            "or build without --strict"
         )
 
 
@@ -260,7 +263,8 @@ def _refuse(options: Any, runtime: str, way: str) -> None:
 def _stated_batch(facts: Mapping[str, Any] | None) -> Batch | None:
     """The batch sizes that our export states."""
     stated = (facts or {}).get("batch")
-    return Batch(*map(int, stated)) if isinstance(stated, list) and len(stated) == 3 else None
+    whole = isinstance(stated, list) and len(stated) == 3 and all(isinstance(size, int) for size in stated)
+    return Batch(*stated) if whole else None
 
 
 def _note_batch(

@@ -6,7 +6,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from dmq_export import __version__
 from dmq_export.errors import DmqError
@@ -81,7 +80,7 @@ def _summary(compiled: Compiled, source: Source) -> KernelSummary:
 
 
 def _compiled(source: Source, capabilities: Sequence[Capability], watch: Watch) -> Compiled:
-    result = compile_onnx(Request(Path(source.path), source.shapes, tuple(capabilities)), watch)
+    result = compile_onnx(Request(source.path, source.shapes, tuple(capabilities)), watch)
     if isinstance(result, Refusal):
         title = f"TensorRT-RTX {result.version}".rstrip()
         raise DmqError(f"{title} cannot build {source.path}: {result.text(layer_names(source.products))}")
