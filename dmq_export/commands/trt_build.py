@@ -263,8 +263,8 @@ def _refuse(options: Any, runtime: str, way: str) -> None:
 def _stated_batch(facts: Mapping[str, Any] | None) -> Batch | None:
     """The batch sizes that our export states."""
     stated = (facts or {}).get("batch")
-    whole = isinstance(stated, list) and len(stated) == 3 and all(isinstance(size, int) for size in stated)
-    return Batch(*stated) if whole else None
+    sizes = [size for size in stated if isinstance(size, int)] if isinstance(stated, list) else []
+    return Batch(*sizes) if len(sizes) == 3 else None
 
 
 def _note_batch(
