@@ -33,9 +33,9 @@ def evaluation_seconds(source: SourceModel, conditioning: Conditioning, batch: i
     What takes a sample so long keeps the processor busy, so that more at once are hardly faster each.
     """
     device = next(source.network.parameters()).device
-    alone = _seconds(partial(evaluate_zeros, source, conditioning, 1), device)
+    alone = _best_seconds(partial(evaluate_zeros, source, conditioning, 1), device)
     at_once = min(batch, int(LONG / alone))
-    if at_once < 1:
+    if at_once <= 1:
         return alone
     return _best_seconds(partial(evaluate_zeros, source, conditioning, at_once), device) / at_once
 
@@ -130,16 +130,12 @@ def _best_seconds(function: Callable[[], object], device: torch.device) -> float
     if device.type == "cuda":
         _finish(function, device)  # compiles kernels and loads libraries, which takes longer than what is timed
     for _ in range(TIMED):
-        best = min(best, _seconds(function, device))
+        start = time.perf_counter()
+        _finish(function, device)
+        best = min(best, time.perf_counter() - start)
         if best > LONG:
             break
     return best
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    _finish(function, device)
-    return time.perf_counter() - start
 
 
 def _finish(function: Callable[[], object], device: torch.device) -> None:
