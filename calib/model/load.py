@@ -151,8 +151,7 @@ def _network(denoiser: Path, class_name: str, notice: Callable[[str], None]) -> 
                 output_loading_info=True,
             )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"the model in {denoiser} does not load: {reason[:LONGEST_REASON]}") from error
+        raise ModelError(f"the model in {denoiser} does not load: {reason(error)}") from error
     _require_weights(network, loaded["missing_keys"], denoiser)
     if loaded["unexpected_keys"]:
         unused = sorted(loaded["unexpected_keys"])
@@ -173,6 +172,11 @@ def _require_weights(network: nn.Module, missing: Sequence[str], denoiser: Path)
 def _is_finite(value: Tensor) -> bool:
     """Whether no number is NaN or infinite; one of those makes the sum so, which is found ten times as fast."""
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def reason(error: Exception) -> str:
+    """Another library's message on one line of ours."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:LONGEST_REASON]
 
 
 def _named(tensors: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.model.load import DENOISER_FOLDERS, LONGEST_REASON
+from calib.model.load import DENOISER_FOLDERS, reason
 from dmq_export.arguments import flat, timestep_unit
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.extras import require
@@ -145,11 +145,6 @@ def _require_transformers(folder: Path, components: Mapping[str, Any]) -> None:
     libraries = {value[0] for value in components.values() if isinstance(value, list) and value}
     if "transformers" in libraries:
         require(f"the text encoder in {folder}", "transformers")
-
-
-def reason(error: Exception) -> str:
-    """Another library's message on one line of ours."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:LONGEST_REASON]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.pipeline.engine_denoiser import reason
+from calib.model.load import reason
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.files import read_json
 from dmq_export.signature import FLUX_PATCH
