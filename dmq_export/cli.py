@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from dmq_export import __version__
+from dmq_export.batch import Batch
 from dmq_export.commands.options import (
     FOLDER,
     BatchSizes,
     BitWidths,
+    Grouped,
     LabelList,
     Number,
     Size,
@@ -29,8 +31,34 @@ from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.target import FloatType, Target
+from dmq_export.target import FloatType, Target, usual_type
 from engines.tensorrt.plan_file import HardwareCompatibility, RuntimeChoice
+
+CALIBRATE_GROUPS = {
+    "What to calibrate on": (
+        *("samples", "steps", "scheduler", "eta", "labels", "null_label", "guidance_scale"),
+        *("prompts", "prompt_embeds", "sample_size"),
+    ),
+    "How to quantize": (
+        *("preset", "bits", "rounding", "round_iterations", "les_iterations", "timestep_alpha", "scheme", "scales"),
+        *("pts_layers", "sensitive_share", "float_layers", "strict"),
+    ),
+    "How to run": ("device", "max_memory", "workers", "dry_run", "fresh", "log_json", "seed"),
+}
+SAMPLE_GROUPS = {
+    "What to draw": (
+        *("count", "labels", "null_label", "guidance_scale", "prompts", "prompt_file", "prompt_embeds"),
+        *("steps", "scheduler", "eta", "seed"),
+    ),
+    "What to draw with": ("backend", "provider", "threads", "batch", "pipeline", "reference"),
+}
+BUILD_GROUPS = {
+    "For TensorRT-RTX": ("compute_capability", "beside_float16"),
+    "For TensorRT": (
+        *("timing_cache", "optimization_level", "workspace", "version_compatible", "hardware_compatible"),
+        *("refit", "strip_weights"),
+    ),
+}
 
 
 class Group(click.Group):
@@ -66,45 +94,121 @@ def main() -> None:
     """Quantize a diffusers denoiser to W4A8 or W4A6 with DMQ and carry it to an integer engine.
 
     \b
-    dmq-export quickstart                            the whole road on the bundled model
-    dmq-export calibrate digits -o ckpt              quantize: a diffusers folder, or the bundled model
-    dmq-export onnx ckpt -o model.onnx               export, and prove the export equal
-    dmq-export sample model.onnx -o samples.png      pictures
+    dmq-export quickstart                          take the bundled model the whole way
+    dmq-export calibrate digits -o ckpt            quantize a diffusers folder
+    dmq-export onnx ckpt -o model.onnx             export, and prove the export equal
+    dmq-export sample model.onnx -o samples.png    draw pictures
     """
 
 
-@main.command()
+@main.command(cls=Grouped, groups=CALIBRATE_GROUPS, short_help="Quantize a diffusers denoiser.")
 @click.argument("model")
-@click.option("-o", "--output", type=FOLDER, required=True, help="Checkpoint folder to write.")
-@click.option("--preset", type=choice(Preset), default="balanced", help="Where the other defaults come from.")
-@preset_option("--bits", field="bits", type=BitWidths(), help="Weight and activation bits, w3a3 to w8a8.")
-@preset_option("--samples", field="samples", type=click.IntRange(min=1), help="Trajectories to calibrate on.")
-@preset_option("--steps", field="steps", type=click.IntRange(min=1), help="Sampling steps of a trajectory.")
-@preset_option("--scheduler", field="scheduler", type=click.Choice(list(SCHEDULERS)), help="Instead of the model's.")
-@preset_option("--eta", field="eta", type=Number(0, 1), help="DDIM's noise share.")
-@preset_option("--labels", field="labels", type=LabelList(), help="Class labels, such as 0-9.")
-@preset_option("--null-label", field="null_label", type=int, help="The label that stands for no label.")
-@preset_option("--guidance-scale", field="guidance_scale", type=Number(min=0), help="Classifier-free guidance.")
-@click.option("--prompts", type=FOLDER, help="Text file, a prompt per line, for the pipeline's own text encoder.")
-@click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
-@preset_option("--sample-size", field="sample_size", type=click.IntRange(min=2), help="Latents of a Flux model.")
-@preset_option("--rounding", field="rounding", type=choice(Rounding), help="Of the weights.")
-@preset_option("--les-iters", field="les_iterations", type=click.IntRange(min=0), help="Equivalent scaling.")
-@preset_option("--timestep-alpha", field="timestep_alpha", type=Number(min=0), help="Adaptive step weight.")
-@preset_option("--round-iters", field="round_iterations", type=click.IntRange(min=0), help="AdaRound, per block.")
-@preset_option("--activation-scheme", field="scheme", type=choice(Scheme), help="Zero point free or fixed.")
-@preset_option("--activation-scales", field="scales", type=choice(Scales), help="A range per step, or one.")
-@preset_option("--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Power-of-two scaling.")
-@preset_option("--sensitive-share", field="sensitive_share", type=Number(0, 1), help="Of the weights, for w7a8.")
-@click.option("--float-layer", "float_layers", multiple=True, metavar="GLOB", help="Leave matching layers float.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The checkpoint folder to write.")
+@click.option("--preset", type=choice(Preset), default="balanced", help="Decides the defaults of the other options.")
+@preset_option(
+    "--bits", field="bits", type=BitWidths(), help="How many bits weights and activations get, w3a3 to w8a8."
+)
+@preset_option(
+    "--samples", field="samples", type=click.IntRange(min=1), metavar="N", help="How many trajectories to calibrate on."
+)
+@preset_option(
+    "--steps", field="steps", type=click.IntRange(min=1), metavar="N", help="How many sampling steps a trajectory has."
+)
+@preset_option(
+    "--scheduler", field="scheduler", type=click.Choice(list(SCHEDULERS)), help="Replaces the model's scheduler."
+)
+@preset_option("--eta", field="eta", type=Number(0, 1), metavar="X", help="How much fresh noise DDIM adds, 0 to 1.")
+@preset_option("--labels", field="labels", type=LabelList(), help="The class labels to draw in turn, such as 0-9.")
+@preset_option(
+    "--null-label", field="null_label", type=int, metavar="N", help="The label that stands for no label in guidance."
+)
+@preset_option(
+    "--guidance-scale",
+    field="guidance_scale",
+    type=Number(min=0),
+    metavar="X",
+    help="Calibrates with classifier-free guidance of this scale.",
+)
+@click.option("--prompts", type=FOLDER, help="A text file with a prompt per line, for the pipeline's own text encoder.")
+@click.option("--prompt-embeds", type=FOLDER, help="An NPZ file of embeddings by argument name, instead of prompts.")
+@preset_option(
+    "--sample-size",
+    field="sample_size",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="The height and width of a Flux model's latents.",
+)
+@preset_option("--rounding", field="rounding", type=choice(Rounding), help="How the weights are rounded.")
+@preset_option(
+    "--les-iters",
+    field="les_iterations",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How many iterations equivalent scaling (LES) takes per layer; 0 leaves it out.",
+)
+@preset_option(
+    "--timestep-alpha",
+    field="timestep_alpha",
+    type=Number(min=0),
+    metavar="X",
+    help="The exponent of the adaptive timestep weight; 0 weighs all steps alike.",
+)
+@preset_option(
+    "--round-iters",
+    field="round_iterations",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How many iterations AdaRound takes per block.",
+)
+@preset_option(
+    "--activation-scheme",
+    field="scheme",
+    type=choice(Scheme),
+    help="Whether a range's zero point is free or in the middle.",
+)
+@preset_option(
+    "--activation-scales",
+    field="scales",
+    type=choice(Scales),
+    help="Whether each sampling step has a range of its own.",
+)
+@preset_option(
+    "--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Which layers vote on power-of-two scaling (PTS)."
+)
+@preset_option(
+    "--sensitive-share",
+    field="sensitive_share",
+    type=Number(0, 1),
+    metavar="X",
+    help="Gives this share of the weights, where fewer bits cost most, w7a8.",
+)
+@click.option(
+    "--float-layer",
+    "float_layers",
+    multiple=True,
+    metavar="GLOB",
+    help="Leaves the matching layers float; may be repeated.",
+)
 @seed_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="To calibrate on.")
-@click.option("--max-memory", type=Size(), show_default="what is free", help="Such as 8GB; of the GPU on CUDA.")
-@click.option("--workers", type=click.IntRange(min=1), show_default="cores", help="Processes that fit on the CPU.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be quantized, and what that would take.")
-@click.option("--log-json", type=click.Path(path_type=Path, dir_okay=False), help="File for a line of JSON per event.")
-@click.option("--strict", is_flag=True, help="Fail if a layer stays float for another reason than policy.")
-@click.option("--fresh", is_flag=True, help="Replace an existing checkpoint; discard unfinished work.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="The device to calibrate on."
+)
+@click.option(
+    "--max-memory", type=Size(), show_default="what is free", help="Bounds the memory, such as 8GB; on CUDA the GPU's."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    show_default="cores",
+    metavar="N",
+    help="How many processes fit layers on the CPU.",
+)
+@click.option("--dry-run", is_flag=True, help="Only says what would be quantized, and what that would take.")
+@click.option(
+    "--log-json", type=click.Path(path_type=Path, dir_okay=False), help="A file that gets a line of JSON per event."
+)
+@click.option("--strict", is_flag=True, help="Fails if a layer stays float for another reason than policy.")
+@click.option("--fresh", is_flag=True, help="Replaces an existing checkpoint and discards unfinished work.")
 @json_option
 def calibrate(
     model: str,
@@ -143,32 +247,66 @@ def calibrate(
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 
-@main.command()
+@main.command(short_help="Export a checkpoint to ONNX and prove the export equal.")
 @click.argument("checkpoint", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, required=True, help="ONNX file to write.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The ONNX file to write.")
 @click.option("--target", type=choice(Target), default="portable", help="The runtime whose kernels the graph is for.")
-@click.option("--dtype", type=choice(FloatType), default="float32", help="Of all that is not integer (TensorRT).")
-@click.option("--batch", type=BatchSizes(), help="Such as 8, or 1:4:8 (from 1 to 8, tuned for 4).  [default: any]")
-@click.option("--verify/--no-verify", default=True, help="Prove the file equal to the PyTorch reference.")
+@click.option(
+    "--dtype",
+    type=choice(FloatType),
+    help="The type of all that is not integer.  [default: float16 for tensorrt, else float32]",
+)
+@click.option(
+    "--batch", type=BatchSizes(), help="Which batch sizes: 8, or 1:4:8 for 1 to 8, tuned for 4.  [default: any]"
+)
+@click.option("--verify/--no-verify", default=True, help="Whether to prove the file equal to the PyTorch reference.")
 @json_option
-def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices: Any) -> None:
-    """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
+def onnx(
+    checkpoint: Path,
+    output: Path,
+    target: Target,
+    dtype: FloatType | None,
+    batch: Batch | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Export a DMQ CHECKPOINT to an ONNX file, and prove the file equal to it layer by layer.
+
+    The portable graph has 4-bit weights and runs in ONNX Runtime as it is; the graphs for tensorrt and openvino have
+    8-bit weights, which their integer kernels execute.
+
+    \b
+    dmq-export onnx ckpt -o model.onnx
+    dmq-export onnx ckpt -o int8.onnx --target tensorrt --batch 2
+    """
     from dmq_export.commands.onnx import export_onnx
     from dmq_export.progress import Progress
 
+    choices = {"target": target, "dtype": dtype or usual_type(target), "batch": batch}
     export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
     for note in export.notes:
         click.echo(note, err=True)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())
 
 
-@main.command()
+@main.command(short_help="Say what NVIDIA's compiler would say of an ONNX file.")
 @click.argument("file", type=FOLDER)
-@click.option("--runtime", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", help="Whose rules.")
-@click.option("--runtime-version", "version", metavar="VERSION", help="[default: 1.7.1; 10.10 for tensorrt]")
-@click.option("--gpu", metavar="SM", help="Compute capability, such as sm89.  [default: the runtime's own choice]")
-@click.option("--compile", "compiles", is_flag=True, help="Ask TensorRT-RTX's compiler too; needs no GPU.")
-@click.option("--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="For --compile.  [default: open sizes are 1]")
+@click.option(
+    "--runtime", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", help="Whose rules to check."
+)
+@click.option(
+    "--runtime-version",
+    "version",
+    metavar="VERSION",
+    help="Which version's rules.  [default: 1.7.1; 10.10 for tensorrt]",
+)
+@click.option(
+    "--gpu", metavar="SM", help="The GPU's compute capability, such as sm89.  [default: the runtime's own choice]"
+)
+@click.option("--compile", "compiles", is_flag=True, help="Asks TensorRT-RTX's compiler too, which needs no GPU.")
+@click.option(
+    "--shapes", multiple=True, metavar="NAME:MIN,OPT,MAX", help="The sizes of open inputs for --compile.  [default: 1]"
+)
 @json_option
 def lint(
     file: Path,
@@ -200,7 +338,7 @@ def lint(
     click.get_current_context().exit(0 if result.ok else 1)
 
 
-@main.command()
+@main.command(short_help="Say what a checkpoint, an ONNX file or a plan is.")
 @click.argument("path", type=FOLDER)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
@@ -211,7 +349,7 @@ def inspect(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 
-@main.command()
+@main.command(cls=Grouped, groups=BUILD_GROUPS, short_help="Build an engine for NVIDIA GPUs.")
 @click.argument("onnx", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, help="The plan to write; its .engine.json comes beside it.")
 @click.option(
@@ -284,26 +422,50 @@ def trt_build(
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 
-@main.command()
+@main.command(cls=Grouped, groups=SAMPLE_GROUPS, short_help="Draw pictures from an engine.")
 @click.argument("engine", type=FOLDER)
-@click.option("-o", "--output", "picture", type=FOLDER, help="PNG file to write.")
-@click.option("--npz", type=FOLDER, help="Raw samples (and labels) to write; resumes, and shares under torchrun.")
+@click.option("-o", "--output", "picture", type=FOLDER, help="The PNG file to write.")
+@click.option(
+    "--npz", type=FOLDER, help="An NPZ file for the raw samples; resumes, and shares the work under torchrun."
+)
 @backend_option
 @provider_option
 @threads_option
-@click.option("--reference", metavar="MODEL", help="Float model to sample beside, from the same noise.")
-@click.option("--num", "count", type=click.IntRange(min=1), default=20, help="Samples.")
-@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: as calibrated]")
-@click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="[default: as calibrated]")
-@click.option("--eta", type=Number(0, 1), help="DDIM's noise share.  [default: as calibrated]")
-@click.option("--labels", type=LabelList(), default=(), show_default="all", help="Class labels, such as 0-9.")
-@click.option("--guidance-scale", type=Number(min=0), help="Classifier-free guidance.  [default: none]")
-@click.option("--null-label", type=int, help="The label that stands for no label.")
+@click.option("--reference", metavar="MODEL", help="A float model to sample beside, from the same noise.")
+@click.option("--num", "count", type=click.IntRange(min=1), default=20, metavar="N", help="How many samples to draw.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many sampling steps to take.  [default: as calibrated]",
+)
+@click.option(
+    "--scheduler", type=click.Choice(list(SCHEDULERS)), help="Which scheduler samples.  [default: as calibrated]"
+)
+@click.option(
+    "--eta", type=Number(0, 1), metavar="X", help="How much fresh noise DDIM adds, 0 to 1.  [default: as calibrated]"
+)
+@click.option(
+    "--labels", type=LabelList(), default=(), show_default="all", help="The class labels to draw in turn, such as 0-9."
+)
+@click.option(
+    "--guidance-scale",
+    type=Number(min=0),
+    metavar="X",
+    help="Samples with classifier-free guidance of this scale.  [default: none]",
+)
+@click.option("--null-label", type=int, metavar="N", help="The label that stands for no label in guidance.")
 @click.option("--pipeline", type=FOLDER, help="Its text encoder reads prompts, its decoder makes pictures of latents.")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="To draw; several take turns.")
-@click.option("--prompts", "prompt_file", type=FOLDER, help="Text file, a prompt per line.")
-@click.option("--prompt-embeds", type=FOLDER, help="NPZ file of embeddings by argument name, instead of prompts.")
-@click.option("--batch", type=click.IntRange(min=1), show_default="the graph's, or 32", help="Samples per evaluation.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt to draw; several take turns.")
+@click.option("--prompts", "prompt_file", type=FOLDER, help="A text file with a prompt per line.")
+@click.option("--prompt-embeds", type=FOLDER, help="An NPZ file of embeddings by argument name, instead of prompts.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    show_default="the graph's, or 32",
+    metavar="N",
+    help="How many samples an evaluation takes.",
+)
 @seed_option
 def sample(
     engine: Path,
@@ -332,12 +494,30 @@ def sample(
     click.echo(sample_engine(engine, SampleSettings(**settings), outputs, Progress(), execution, prompting).text())
 
 
-@main.command()
+@main.command(short_help="Measure engines side by side in one run.")
 @click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
-@click.option("--reference", metavar="MODEL", help="Float model to measure too; ratios are to it.")
-@click.option("--batch", type=click.IntRange(min=1), show_default="the graph's, or 1", help="Samples per evaluation.")
-@click.option("--repeat", type=click.IntRange(min=1), default=50, help="Evaluations of each that are timed.")
-@click.option("--warm-up", type=click.IntRange(min=1), default=3, help="Evaluations of each before, not timed.")
+@click.option("--reference", metavar="MODEL", help="A float model to measure too; ratios are to it.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    show_default="the graph's, or 1",
+    metavar="N",
+    help="How many samples an evaluation takes.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=50,
+    metavar="N",
+    help="How many evaluations of each engine are timed.",
+)
+@click.option(
+    "--warm-up",
+    type=click.IntRange(min=1),
+    default=3,
+    metavar="N",
+    help="How many evaluations of each engine come before.",
+)
 @threads_option
 @json_option
 def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **settings: Any) -> None:
@@ -354,7 +534,7 @@ def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **sett
     click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
 
 
-@main.command()
+@main.command(short_help="Say what this machine can do, and how to get the rest.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine can calibrate, export, build and run, and how to get what is missing."""
@@ -364,13 +544,20 @@ def doctor(as_json: bool) -> None:
     click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
 
 
-@main.command()
-@click.option("-o", "--output", type=FOLDER, default=Path("dmq-quickstart"), help="Folder for all results.")
-@click.option("--num", "count", type=click.IntRange(min=1), default=400, help="Samples per model.")
+@main.command(short_help="Take the bundled model the whole way.")
+@click.option("-o", "--output", type=FOLDER, default=Path("dmq-quickstart"), help="The folder for all results.")
+@click.option(
+    "--num",
+    "count",
+    type=click.IntRange(min=1),
+    default=400,
+    metavar="N",
+    help="How many samples to draw of each model.",
+)
 @seed_option
 @json_option
 def quickstart(output: Path, count: int, seed: int, as_json: bool) -> None:
-    """Calibrate, export and sample the bundled model at W4A8 and W4A6, and compare."""
+    """Calibrate, export, sample and compile the bundled model at W4A8 and W4A6, and compare."""
     from dmq_export.commands.quickstart import quickstart as run
     from dmq_export.progress import Progress
 

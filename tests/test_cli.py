@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -48,6 +49,34 @@ def test_examples_in_the_help_are_lines_of_their_own() -> None:
     assert "\\b" not in text
     assert re.search(r"^ *dmq-export onnx ckpt -o model.onnx +export", text, re.M), text
     assert re.search(r"^ *torchrun --nproc-per-node 4 -m dmq_export calibrate", run("calibrate", "-h").stdout, re.M)
+
+
+def test_no_summary_is_cut_off_in_a_terminal_of_80_columns() -> None:
+    text = CliRunner().invoke(main, ["-h"], terminal_width=80).stdout
+    assert "..." not in text
+    for name, command in main.commands.items():
+        assert re.search(rf"^  {name} +{re.escape(str(command.short_help))}$", text, re.M), name
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_every_option_stands_in_the_help_once_and_says_what_it_does(command: click.Command) -> None:
+    text = run(command.name, "-h").stdout
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert len(re.findall(rf"^  (?:-\w, )?{option.opts[-1]}\b", text, re.M)) == 1, option.opts
+            assert (option.help or "").endswith((".", "]", "...")), option.opts
+
+
+def test_the_options_of_calibrate_stand_in_groups() -> None:
+    headings = re.findall(r"^(\w[\w ]+):$", run("calibrate", "-h").stdout, re.M)
+    assert headings == ["What to calibrate on", "How to quantize", "How to run", "Options"]
+
+
+def test_a_graph_for_tensorrt_is_float16_unless_told_otherwise(tiny_checkpoint_folder: Path, out: Path) -> None:
+    command = ["onnx", tiny_checkpoint_folder, "-o", out / "m.onnx", "--no-verify", "--target"]
+    for target, kind in (("tensorrt", onnx.TensorProto.FLOAT16), ("openvino", onnx.TensorProto.FLOAT)):
+        assert run(*command, target).exit_code == 0
+        assert onnx.load(out / "m.onnx").graph.input[0].type.tensor_type.elem_type == kind
 
 
 def test_help_shows_the_defaults_of_each_preset() -> None:

@@ -1,7 +1,7 @@
 """Types of the command line's options, and the options that several commands share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -73,6 +73,27 @@ class BatchSizes(click.ParamType[Batch]):
         return value if isinstance(value, Batch) else Batch.parse(str(value))
 
 
+class Grouped(click.Command):
+    """A command whose options stand under headings.
+
+    Args:
+        groups: parameters by heading; all others stand under ``Options`` at the end.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.groups = groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per heading."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        records = {option.name: option.get_help_record(ctx) for option in options}
+        sections = {heading: [records.pop(name) for name in names] for heading, names in self.groups.items()}
+        for heading, rows in {**sections, "Options": list(records.values())}.items():
+            with formatter.section(heading):
+                formatter.write_dl([row for row in rows if row is not None])
+
+
 def preset_option(*names: str, field: str, **attributes: Any) -> Callable[[Command], Command]:
     """An option whose default is the preset's; the help shows each preset's value."""
     values = {name: getattr(recipe, field) for name, recipe in PRESETS.items()}
@@ -88,7 +109,15 @@ def choice(literal: Any) -> click.Choice[str]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
-backend_option = click.option("--backend", type=choice(Backend), default="auto", help="To run on.")
-provider_option = click.option("--provider", help="cpu, cuda, tensorrt or tensorrt-rtx.  [default: cpu]")
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the backend's]")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Decides everything that is random."
+)
+backend_option = click.option(
+    "--backend", type=choice(Backend), default="auto", help="The runtime to run on; auto goes by the file."
+)
+provider_option = click.option(
+    "--provider", metavar="NAME", help="Where ONNX Runtime runs: cpu, cuda, tensorrt or tensorrt-rtx.  [default: cpu]"
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="How many CPU threads to use.  [default: the backend's]"
+)
