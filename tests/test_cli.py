@@ -53,7 +53,6 @@ def test_examples_in_the_help_are_lines_of_their_own() -> None:
 
 def test_no_summary_is_cut_off_in_a_terminal_of_80_columns() -> None:
     text = CliRunner().invoke(main, ["-h"], terminal_width=80).stdout
-    assert "..." not in text
     for name, command in main.commands.items():
         assert re.search(rf"^  {name} +{re.escape(str(command.short_help))}$", text, re.M), name
 
@@ -63,7 +62,7 @@ def test_every_option_stands_in_the_help_once_and_says_what_it_does(command: cli
     text = run(command.name, "-h").stdout
     for option in command.params:
         if isinstance(option, click.Option):
-            assert len(re.findall(rf"^  (?:-\w, )?{option.opts[-1]}\b", text, re.M)) == 1, option.opts
+            assert len(re.findall(rf"^  (?:-\w, )?{option.opts[-1]}(?![\w-])", text, re.M)) == 1, option.opts
             assert (option.help or "").endswith((".", "]", "...")), option.opts
 
 
