@@ -185,6 +185,11 @@ def w4a8(rows: int, scales: tuple[int, ...], *, dtype: Any = INT4, turned: bool 
     return matmul(weight, x=(4, rows))
 
 
+def negative_int4() -> ir.Model:
+    """As ONNX Runtime's 4-bit quantizer writes them."""
+    return matmul(lambda b: b.op("DequantizeLinear", ones(b, *SQUARE, dtype=INT4), b.constant(-0.1)), data=floats)
+
+
 def int4_first(rows: int, scales: tuple[int, ...]) -> ir.Model:
     return graph(lambda b: b.op("MatMul", b.blocks(rows, CHANNELS, scales=scales), b.input("x", CHANNELS, 4)))
 
@@ -244,9 +249,9 @@ def several_scales(*scales: float) -> ir.Model:
 
 
 def attention(tokens: int, *, dtype: Any = np.int8, quantize: bool = True, graph_type: Any = np.float16) -> ir.Model:
-    """Attention of one head, as an exporter writes it, its output quantized too."""
+    """Attention of two heads, as an exporter writes it, its output quantized too."""
     b = GraphBuilder(21, graph_type)
-    q, k, v = (b.input(name, 1, 1, tokens, 64) for name in "qkv")
+    q, k, v = (b.input(name, 1, 2, tokens, 64) for name in "qkv")
 
     def pair(x: str) -> str:
         return b.pair(x, dtype=dtype) if quantize else x
@@ -294,6 +299,14 @@ def unused_constant(dtype: Any) -> ir.Model:
 def untyped() -> ir.Model:
     b = GraphBuilder()
     return b.model(b.op("Relu", b.input("x", *ROWS)), typed=False)
+
+
+def matmul_n_bits() -> ir.Model:
+    """ONNX Runtime's operator for 4-bit weights."""
+    b = GraphBuilder()
+    codes, scales = b.constant(np.full((CHANNELS, 1, 16), 0x77), np.uint8), ones(b, CHANNELS)
+    sizes = {"K": CHANNELS, "N": CHANNELS, "bits": 4, "block_size": 32}
+    return b.model(b.op("MatMulNBits", b.input("x", *ROWS), codes, scales, domain="com.microsoft", **sizes))
 
 
 def top(count: int) -> ir.Model:
@@ -522,6 +535,7 @@ BROKEN: list[Case] = [
         lambda: graph(lambda b: b.op("Cast", b.op("Cast", b.input("x", *ROWS), to=2), to=10)),
     ),
     Case("operator-form", "a Celu", lambda: single("Celu", *ROWS)),
+    Case("operator-form", "a MatMulNBits", matmul_n_bits),
     Case("uint8-input", "UINT8 in a Transpose", lambda: unsigned_input("Transpose")),
     Case("attention-operator", "an Attention of FLOAT", lambda: attention_operator(64, np.float32)),
     Case("attention-operator", "an Attention with heads of 8", lambda: attention_operator(8)),
@@ -562,6 +576,7 @@ NEAR: list[Case] = [
     Case("uint8-codes", "", lambda: declared("QuantizeLinear", output_dtype=3, bare=True)),
     Case("quantized-bias", "", lambda: biased(np.int8)),
     Case("scale-value", "", lambda: quantized(0.1, scale_type=np.float64)),  # DOUBLE becomes FLOAT
+    Case("scale-value", "", negative_int4),
     Case("scale-precision", "", lambda: quantized(1e-4)),
     Case("output-type", "", lambda: declared("DequantizeLinear", output_dtype=10, bare=True)),
     Case("constant-codes", "", lambda: matmul(then("Transpose", stored(lambda b: ones(b, *SQUARE, dtype=np.int8))))),

@@ -38,6 +38,7 @@ class Compilation:
         by: who refused; None where an engine was built.
         refused: node, operator and text of everything the parser refuses.
         log: the builder's errors.
+        complete: whether ``refused`` is all that the parser refuses; it is not where something could not be cut out.
         meant: names of the products of quantized data and weights.
         integer: those of them that run in Int8.
     """
@@ -48,6 +49,7 @@ class Compilation:
     log: tuple[str, ...]
     meant: tuple[str, ...]
     integer: tuple[str, ...]
+    complete: bool = True
 
     @property
     def built(self) -> bool:
@@ -63,7 +65,8 @@ class Compilation:
         if self.by is None:
             return f"{name} builds it: {len(self.integer)} of {len(self.meant)} quantized products run in Int8"
         if self.by == "parser":
-            return f"{name} refuses it: the parser {len(self.refused)} times; the builder has not seen it"
+            count = f"{'' if self.complete else 'at least '}{len(self.refused)} times"
+            return f"{name} refuses it: the parser {count}; the builder has not seen it"
         return f"{name} {'refuses it' if self.by == 'builder' else 'crashes on it'}: {_line(self.log)}"
 
 
@@ -85,8 +88,8 @@ def compile_file(path: Path, model: ir.Model, target: LintTarget, shapes: Mappin
     if not isinstance(outcome, Refusal):
         meant = meant_for_int8(model)
         return Compilation(outcome.version, None, (), (), meant, outcome.table.integer_nodes(meant))
-    refused = refused_nodes(model) if outcome.by == "parser" else ()
-    return Compilation(outcome.version, outcome.by, refused or outcome.errors, outcome.log, (), ())
+    refused, complete = refused_nodes(model) if outcome.by == "parser" else ((), True)
+    return Compilation(outcome.version, outcome.by, refused or outcome.errors, outcome.log, (), (), complete)
 
 
 def meant_for_int8(model: ir.Model) -> tuple[str, ...]:
@@ -97,8 +100,8 @@ def meant_for_int8(model: ir.Model) -> tuple[str, ...]:
     return tuple(name_of(each.node) for each in found if each.both and all(side.type in INTEGERS for side in each.both))
 
 
-def refused_nodes(model: ir.Model) -> tuple[NodeError, ...]:
-    """Every node that the parser refuses.
+def refused_nodes(model: ir.Model) -> tuple[tuple[NodeError, ...], bool]:
+    """Every node that the parser refuses, and whether these are all.
 
     It stops at the first one, so that is cut out of a copy and what remains is parsed again, until all is read or
     something that cannot be cut is refused.
@@ -115,8 +118,8 @@ def refused_nodes(model: ir.Model) -> tuple[NodeError, ...]:
         for error in _refused(parser, rest, file):
             found.append(error)
             if not cut_node(rest, error.node, error.operator) and not cut_constant(rest, error.text):
-                break
-    return tuple(found)
+                return tuple(found), False
+    return tuple(found), len(found) < MOST_ERRORS
 
 
 def _refused(parser: Parser, model: ir.Model, file: Path) -> Iterator[NodeError]:

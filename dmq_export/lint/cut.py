@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import onnx_ir as ir
+
+from dmq_export.lint.view import element_type, is_constant
 
 INITIALIZER = re.compile(r"Failed to import initializer: (\S+)\s*$")
 CODES = ir.DataType.INT8  # what is left of codes of types that the parser does not know
@@ -13,18 +16,20 @@ CODES = ir.DataType.INT8  # what is left of codes of types that the parser does 
 def cut_node(model: ir.Model, name: str, operator: str) -> bool:
     """Replace the node's outputs by inputs of the graph, of the same type and shape, in place.
 
+    A quantizer of data becomes one with a scale of 1 instead, which keeps shapes that are not known.
+
     Returns:
-        Whether it was there to be cut, at the top of the graph.
+        Whether it was there to be cut: at the top of the graph, its outputs of known shape.
     """
     found = next((node for node in model.graph if node.name == name and node.op_type == operator), None)
     if found is None or found.graph is not model.graph:
         return False
+    if _neutralize(found):
+        return True
+    if any(value.shape is None for value in found.outputs):
+        return False
     for value in found.outputs:
-        replacement = _input(model, value)
-        for index, output in enumerate(model.graph.outputs):
-            if output is value:
-                model.graph.outputs[index] = replacement
-        ir.convenience.replace_all_uses_with(value, replacement)
+        _replace(model, value, _input(model, value))
     model.graph.remove(found, safe=False)
     return True
 
@@ -37,8 +42,35 @@ def cut_constant(model: ir.Model, text: str) -> bool:
         return False
     del model.graph.initializers[value.name or ""]
     value.const_value = None
-    ir.convenience.replace_all_uses_with(value, _input(model, value))
+    _replace(model, value, _input(model, value))
     return True
+
+
+def _neutralize(node: ir.Node) -> bool:
+    """Give a quantizer of data a scale of 1 and no zero point, once."""
+    scale = node.inputs[1] if len(node.inputs) > 1 else None
+    if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or scale is None or is_constant(node.inputs[0]):
+        return False
+    graph = node.graph
+    name = f"{node.name}/scale"
+    if not isinstance(graph, ir.Graph) or name in graph.initializers:
+        return False
+    kind = element_type(scale) or ir.DataType.FLOAT
+    value = ir.Value(name=name, const_value=ir.tensor(np.ones((), kind.numpy()), name=name))
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+    if len(node.inputs) > 2:
+        node.resize_inputs(2)
+    if node.op_type == "QuantizeLinear":
+        node.outputs[0].type = ir.TensorType(CODES)
+    return True
+
+
+def _replace(model: ir.Model, value: ir.Value, by: ir.Value) -> None:
+    for index, output in enumerate(model.graph.outputs):
+        if output is value:
+            model.graph.outputs[index] = by
+    ir.convenience.replace_all_uses_with(value, by)
 
 
 def _input(model: ir.Model, value: ir.Value) -> ir.Value:

@@ -33,7 +33,11 @@ NAMES = """
     ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
 OPERATORS = frozenset(NAMES.split())
-BROKEN = {"Celu": "a Celu, whose importer fails", "NonZero": "a NonZero, whose plugin is not there"}
+BROKEN = {  # of OPERATORS all the same
+    "Celu": "a Celu, whose importer fails",
+    "MatMulNBits": "a MatMulNBits, whose plugin is not there",
+    "NonZero": "a NonZero, whose plugin is not there",
+}
 ONE_TYPE = frozenset(
     {"Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "PRelu", "Sub", "Where"}
 )

@@ -80,6 +80,8 @@ def _scale_values(graph: QdqGraph) -> Breaches:
         elif each.scales is not None:
             values = each.scales.astype(np.float64)
             bad = values[~(values > 0)]  # not a number as well
+            if each.dequantizes and each.type == DataType.INT4 and graph.target.runtime == "tensorrt-rtx":
+                continue  # which takes any scale there, as ONNX Runtime's quantizer writes them
             if not values.size:
                 yield each.node, "an empty scale"
             elif bad.size:
@@ -196,7 +198,7 @@ RULES = (
         "scale-value",
         "refused",
         "refused",
-        "FLOAT, FLOAT16 or BFLOAT16 scales above 0",
+        "FLOAT, FLOAT16 or BFLOAT16 scales above 0; any for INT4 codes in TensorRT-RTX",
         "leave the layer float (calibrate --float-layer NAME), or keep its scale in float32",
         _scale_values,
     ),
