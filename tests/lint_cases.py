@@ -492,7 +492,7 @@ BROKEN: list[Case] = [
         lambda: single("MatMulInteger", *ROWS, dtype=np.int8, more=lambda b: [ones(b, *SQUARE, dtype=np.int8)]),
     ),
     Case("operator-form", "a Softmax of 1-D data", lambda: single("Softmax", 32)),
-    Case("operator-form", "a ArgMin of 1-D data", lambda: single("ArgMin", 32)),
+    Case("operator-form", "an ArgMin of 1-D data", lambda: single("ArgMin", 32)),
     Case("operator-form", "a ReduceMax of 0-D data", lambda: single("ReduceMax", keepdims=0)),
     Case("operator-form", "a ReduceMax of BOOL", lambda: single("ReduceMax", *ROWS, dtype=np.bool_)),
     Case(

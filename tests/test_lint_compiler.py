@@ -18,6 +18,7 @@ from dmq_export.commands.compilation import Compilation, compile_file, compiler_
 from dmq_export.errors import DmqError
 from dmq_export.lint import Finding, LintTarget, errors, lint_model
 from dmq_export.lint.cut import cut_constant, cut_node
+from dmq_export.lint.view import with_types
 from engines.tensorrt.compiler import Compiled, NodeError, Refusal, Request, compile_onnx
 
 needs_compiler = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
@@ -209,11 +210,28 @@ def test_where_rules_and_compiler_differ_is_a_finding(
 
 
 def test_a_node_that_is_an_output_is_cut_out_too() -> None:
-    model = graph(lambda b: b.op("Det", b.input("x", 8, 8)))
+    model = with_types(graph(lambda b: b.op("Det", b.input("x", 8, 8))))
     assert cut_node(model, "layer0/Det", "Det")
     assert [len(model.graph), model.graph.outputs[0].name] == [0, "layer0/Det_out/cut"]
     assert not cut_node(model, "layer0/Det", "Det")
     assert not cut_constant(model, "Failed to import initializer: nothing")
+
+
+def test_what_has_no_shape_is_not_cut_out() -> None:
+    """What stands behind it would be refused for a reason that the graph does not give."""
+    model = graph(lambda b: b.op("Mystery", b.input("x", 8, 8), domain="com.example"))
+    assert not cut_node(model, "layer0/Mystery", "Mystery")
+    if find_spec("tensorrt_rtx") is not None:
+        found, complete = refused_nodes(model)
+        assert [[error.operator for error in found], complete] == [["Mystery"], False]
+
+
+def test_a_refused_quantizer_is_made_harmless_once() -> None:
+    model = with_types(quantized(zero=3))
+    assert cut_node(model, "layer0/QuantizeLinear", "QuantizeLinear")
+    first = model.graph[0]
+    assert [len(first.inputs), first.inputs[1].const_value.numpy().item()] == [2, 1]
+    assert [len(model.graph), len(model.graph.inputs)] == [2, 1]
 
 
 def test_looking_for_errors_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def test_every_tool_has_graphs_that_are_taken_and_the_readme_lists_all() -> None
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 def test_the_verdict_is_the_compilers(path: Path) -> None:
-    """And every node that the parser refuses is one a rule names, every product in Int8 one that no rule calls float."""
+    """And each node that the parser refuses is one a rule names, each product in Int8 one that no rule calls float."""
     compiled = lint_file(path, LintTarget(), {})
     assert compiled.compilation is not None
     assert [finding for finding in compiled.findings if finding.rule == "disagreement"] == []

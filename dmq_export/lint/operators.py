@@ -87,13 +87,13 @@ def _forms(graph: QdqGraph) -> Breaches:
 
 def _one_dimension(node: ir.Node) -> str | None:
     rank = _rank(node)
-    return f"a {node.op_type} of {rank}-D data" if rank is not None and rank < 2 else None
+    return f"{_a(node)} of {rank}-D data" if rank is not None and rank < 2 else None
 
 
 def _no_dimension(node: ir.Node) -> str | None:
     if _input_type(node) == DataType.BOOL:
-        return f"a {node.op_type} of BOOL"
-    return f"a {node.op_type} of 0-D data" if _rank(node) == 0 else None
+        return f"{_a(node)} of BOOL"
+    return f"{_a(node)} of 0-D data" if _rank(node) == 0 else None
 
 
 def _resize(node: ir.Node) -> str | None:
@@ -122,7 +122,7 @@ def _integer_product(node: ir.Node) -> str | None:
 
 def _arithmetic(node: ir.Node) -> str | None:
     kind = _input_type(node)
-    return f"a {node.op_type} of {kind.name}" if kind == DataType.BOOL else None
+    return f"{_a(node)} of {kind.name}" if kind == DataType.BOOL else None
 
 
 def _cast(node: ir.Node) -> str | None:
@@ -131,6 +131,11 @@ def _cast(node: ir.Node) -> str | None:
         return f"a Cast to {kind.name}"
     inside = kind == DataType.UINT8 and not node.outputs[0].is_graph_output()
     return "a Cast to UINT8 inside the graph" if inside else None
+
+
+def _a(node: ir.Node) -> str:
+    """The operator with its article."""
+    return f"{'an' if node.op_type[0] in 'AEIOU' else 'a'} {node.op_type}"
 
 
 def _rank(node: ir.Node) -> int | None:
