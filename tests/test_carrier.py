@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import conv2d, linear, random_layer, specs
-from reference import dequantize_weight, shift_of_columns
+from oracle import dequantize_weight, shift_of_columns
 
 from dmq_export.bits import Bits
 from dmq_export.carrier import part_carrier

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import TINY, assert_refused, run
+from command_line import TINY, assert_refused, run
 
 import calib.run.stages
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from layers import SPECS, TIMESTEPS, linear, marked_model, random_input, random_layer
-from reference import layer_output, quantize_input
+from oracle import layer_output, quantize_input
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cut import cut_graph, cut_inputs, cut_outputs

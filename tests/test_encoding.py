@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import linear, random_input, random_layer, specs
-from reference import along, dequantize_input, quantize_input
+from oracle import along, dequantize_input, quantize_input
 
 from dmq_export.bits import Bits
 from dmq_export.encoding import Encoding, part_encoding

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from layers import SPECS, TIMESTEPS, conv2d, linear, marked_model, random_input, random_layer
+from oracle import add_bias, dequantize_weight, operate, shift_of_columns
 from qdq import GraphBuilder, conv_model
-from reference import add_bias, dequantize_weight, operate, shift_of_columns
 
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import conv2d, linear, random_layer
-from reference import layer_output, operate
+from oracle import layer_output, operate
 
 from dmq_export.export import serialized
 from dmq_export.fold import fold_factors

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import TIMESTEPS, conv2d, linear, marked_model, random_input, random_layer
-from reference import layer_output, quantize_input
+from oracle import layer_output, quantize_input
 
 from dmq_export.builder import NodeBuilder
 from dmq_export.cut import cut_graph, cut_inputs, cut_outputs

@@ -11,8 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
+from plans import CONTENT, FACTS
 from qdq import wide_model
-from test_plan import CONTENT, FACTS
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cli import main

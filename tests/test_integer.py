@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, TIMESTEPS, conv2d, linear, marked_model, random_input, random_layer, specs
-from reference import layer_output, quantize_input
+from oracle import layer_output, quantize_input
 
 from dmq_export.bits import Bits
 from dmq_export.cut import cut_graph, cut_inputs, cut_outputs

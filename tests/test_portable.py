@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, TIMESTEPS, conv2d, marked_model, random_input, random_layer, specs
-from reference import integer_output, layer_output, quantize_input
+from oracle import integer_output, layer_output, quantize_input
 
 from dmq_export.errors import ExportError
 from dmq_export.export import serialized

@@ -9,7 +9,7 @@ import pytest
 import torch
 from layers import SPECS, TIMESTEPS, marked_model, random_input, random_layer
 from models import TINY_RECIPE
-from reference import layer_output
+from oracle import layer_output
 
 from calib.calibrate import Resources, calibrated
 from calib.model.layers import select_layers
@@ -24,7 +24,7 @@ from dmq_export.lowering import lower
 from dmq_export.progress import Progress
 
 openvino = pytest.importorskip("openvino")
-precision = pytest.importorskip("engines.precision")
+precision = pytest.importorskip("tests.support.precision")
 
 FITTING = [name for name, spec in SPECS.items() if spec.bits.weight < 8]
 

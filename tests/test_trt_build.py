@@ -7,9 +7,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
+from engine_information import HALF, INT8, as_ten, layer
+from plans import MACHINE
 from qdq import GraphBuilder, conv_model
-from test_inspector import HALF, INT8, as_ten, layer
-from test_plan import MACHINE
 
 from dmq_export.cli import main
 from dmq_export.commands.trt_build import integer_nodes, read_source

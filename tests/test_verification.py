@@ -224,7 +224,7 @@ def test_what_only_openvino_computes_otherwise_is_found_and_the_layer_named(
 
 def test_the_cut_graph_runs_on_openvinos_integer_kernels(for_openvino: ExportedGraph) -> None:
     """What is verified is what runs."""
-    from engines.precision import INTEGERS, executed_precision
+    from tests.support.precision import INTEGERS, executed_precision
 
     cut = for_openvino.model.clone()
     cut_graph(cut, for_openvino.forms)

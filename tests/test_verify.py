@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import conv2d, linear, random_input, random_layer, specs
-from reference import layer_output, quantize_input
+from oracle import layer_output, quantize_input
 
 from dmq_export.errors import CheckFailedError
 from dmq_export.form import LayerValues, plain_form

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
-from reference import dequantize_input, dequantize_weight, quantize_input
+from oracle import dequantize_input, dequantize_weight, quantize_input
 from torch import Tensor, nn
 
 from calib.calibrate import calibrate

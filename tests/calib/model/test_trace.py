@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import random_layer, specs
-from reference import operate
+from oracle import operate
 
 from calib.model.network import float_tensors
 from calib.model.trace import _drop_idle_squeezes, _output_shape, trace_network

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: it exists for x86-64 alone")
-BENCH = Path(__file__).resolve().parents[1] / "bench" / "rtx_exports.py"
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "rtx_exports.py"
 SPEC = importlib.util.spec_from_file_location("rtx_exports", BENCH)
 assert SPEC is not None
 assert SPEC.loader is not None

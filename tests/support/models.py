@@ -70,7 +70,7 @@ def save_small_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-# one tiny network of every family; 16 is the width of the tiny text encoders' output (tests/pipelines.py)
+# one tiny network of every family; 16 is the width of the tiny text encoders' output (tests/support/pipelines.py)
 TEXT_WIDTH = 16
 UNET: dict[str, Any] = {
     "sample_size": 8,

@@ -22,7 +22,7 @@ from dmq_export.export import save_onnx
 from engines.ort import OnnxRuntimeDenoiser
 from engines.tensorrt.summary import KernelSummary
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "verify_tensorrt.sh"
 HELPER = ROOT / "bench" / "trt_verdict.py"
 OPTIONS = {name: {option for each in command.params for option in each.opts} for name, command in main.commands.items()}
