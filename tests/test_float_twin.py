@@ -13,8 +13,9 @@ from qdq import GraphBuilder, conv_model
 
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.commands.onnx import export_graph
 from dmq_export.errors import ExportError
-from dmq_export.export import export_graph, serialized
+from dmq_export.export import serialized
 from dmq_export.facts import FACTS
 from dmq_export.float_twin import float_twin
 from dmq_export.integer import lower_integer
