@@ -80,7 +80,7 @@ def test_every_name_and_argument_exists(bindings: Bindings) -> None:
 
 
 def test_our_settings_reach_the_builder_through_polygraphy(bindings: Bindings, tmp_path: Path) -> None:
-    probe = str(ROOT / "tests" / "trt_probe.py")
+    probe = str(ROOT / "tests" / "support" / "trt_probe.py")
     report = json.loads(bindings.python(probe, str(tmp_path / "cache")).stdout.splitlines()[-1])
     assert report["version"] == bindings.version
     assert report["flags"] == ["REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"]
