@@ -25,10 +25,10 @@ import diffusers
 
 from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.conditioning import made_up
-from dmq_export.progress import Progress
 from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.table import table
 from engines.ddim import Ddim
 
 CLOCKS = (time.perf_counter, time.thread_time)

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
 from dmq_export.onnx_file import input_sizes, load_onnx
-from dmq_export.table import table
 from dmq_export.verify import rms_ratio
 
 

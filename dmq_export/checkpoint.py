@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.bits import Bits
+from dmq_export.common.files import atomic_folder, read_json, require_free, sha256
 from dmq_export.coverage import Coverage, FloatLayer
 from dmq_export.errors import CheckpointError, DmqError
-from dmq_export.files import atomic_folder, read_json, require_free, sha256
 from dmq_export.int4 import pack_nibbles, unpack_nibbles
 from dmq_export.layer import LayerSpec, QuantizedLayer
 

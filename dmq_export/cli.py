@@ -24,8 +24,8 @@ from dmq_export.commands.options import (
     seed_option,
     threads_option,
 )
+from dmq_export.common.extras import EXTRAS, install
 from dmq_export.errors import DmqError, StoppedError
-from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export.scheduler_names import SCHEDULERS
@@ -154,7 +154,7 @@ def calibrate(
 def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices: Any) -> None:
     """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
     from dmq_export.commands.onnx import export_onnx
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
     for note in export.notes:
@@ -237,7 +237,7 @@ def trt_build(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from dmq_export.commands.trt_build import Order, build_engine
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
     from engines.tensorrt.build import BuildSettings
     from engines.tensorrt.capability import parse_capabilities
     from engines.tensorrt.profile import parse_shapes
@@ -288,7 +288,7 @@ def sample(
     from dmq_export.commands.engine import Execution
     from dmq_export.commands.prompts import Prompting
     from dmq_export.commands.sample import Outputs, sample_engine
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     outputs = Outputs(picture, npz, reference, pipeline)
     execution = Execution(backend, provider, threads)
@@ -312,7 +312,7 @@ def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **sett
     dmq-export bench onnxruntime:model.onnx openvino:model.onnx --reference digits
     """
     from dmq_export.commands.bench import BenchSettings, bench_engines
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     result = bench_engines(engines, BenchSettings(**settings), Progress(), reference)
     click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
@@ -336,7 +336,7 @@ def doctor(as_json: bool) -> None:
 def quickstart(output: Path, count: int, seed: int, as_json: bool) -> None:
     """Calibrate, export and sample the bundled model at W4A8 and W4A6, and compare."""
     from dmq_export.commands.quickstart import quickstart as run
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     result = run(output, Progress(), count=count, seed=seed)
     click.echo(json.dumps(asdict(result), indent=1, default=str) if as_json else result.text())

@@ -16,9 +16,9 @@ from dmq_export import __version__
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.clean import clean_graph
+from dmq_export.common.files import atomic_files
 from dmq_export.errors import ExportError
 from dmq_export.facts import FACTS, model_facts
-from dmq_export.files import atomic_files
 from dmq_export.fold import fold_factors
 from dmq_export.form import LayerForm
 from dmq_export.half import to_float16

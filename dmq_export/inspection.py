@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmq_export.checkpoint import RUN, Checkpoint, load_checkpoint
+from dmq_export.common.memory import in_words
+from dmq_export.common.table import table
 from dmq_export.coverage import FloatLayer
 from dmq_export.layer import QuantizedLayer
-from dmq_export.memory import in_words
-from dmq_export.table import table
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.seeds import stream_seed
+from dmq_export.common.seeds import stream_seed
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int) -> NDArray[np.float32]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.common.files import atomic_file, read_json
 from dmq_export.errors import DmqError
-from dmq_export.files import atomic_file, read_json
 
 SETTINGS, LOCK, MERGED = "settings.json", "lock", "merged.npz"
 Samples = NDArray[np.float32]

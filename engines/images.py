@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from dmq_export.common.files import atomic_file
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.files import atomic_file
 
 TILE = 48  # smallest side of a picture in a grid, in pixels; smaller samples are enlarged
 CAPTION = 56  # width of the column of names, in pixels

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, load_checkpoint, save_checkpoint
+from dmq_export.common.files import sha256
 from dmq_export.coverage import FloatLayer
 from dmq_export.errors import CheckpointError, DmqError
-from dmq_export.files import sha256
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 FILES = ["dmq.json", "dmq.safetensors", "run.json"]

@@ -3,8 +3,8 @@
 from layers import conv2d, linear
 
 from dmq_export.bits import Bits
+from dmq_export.common.table import table
 from dmq_export.coverage import Coverage, FloatLayer
-from dmq_export.table import table
 
 QUANTIZED = (
     conv2d(name="up.shortcut", parts=(4, 3), out_channels=6, kernel=(1, 1), padding=(0, 0), bits=Bits(4, 6)),

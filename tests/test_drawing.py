@@ -17,13 +17,13 @@ from dmq_export.commands.drawing import (
     sampler_for,
 )
 from dmq_export.commands.engine import Engine
+from dmq_export.common.progress import Progress
+from dmq_export.common.seeds import stream_seed
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
 from dmq_export.noise import initial_noise
-from dmq_export.progress import Progress
 from dmq_export.sampling import sample
 from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.seeds import stream_seed
 
 FACTS = Facts(
     target="portable",
@@ -110,7 +110,7 @@ def test_eta_for_a_scheduler_that_has_none_is_refused() -> None:
 
 
 def test_without_diffusers_only_ddim_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("dmq_export.common.extras.find_spec", lambda name: None)
     assert drawn(count=1).shape == (1, 2, 4, 4)
     with pytest.raises(DmqError, match=r"scheduler euler, as all but a plain DDIM, needs .* torch, diffusers"):
         drawn(scheduler="euler")

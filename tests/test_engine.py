@@ -17,15 +17,15 @@ import torch
 from host_gpu import on_host_memory, plan_for
 
 from dmq_export.batch import Batch
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands import engine as engines
 from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Backend, Execution, float_engine, open_engine
 from dmq_export.commands.verification import DRIFT_FACTOR, PERTURBATION, PERTURBED_RUNS
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 from dmq_export.onnx_file import facts_of
-from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, rms_ratio
 from engines.tensorrt.plan_file import Runtime
 

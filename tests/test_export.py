@@ -19,10 +19,10 @@ from calib.run.plan import Resources
 from dmq_export.builder import NodeBuilder
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_graph, export_onnx
+from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
 from dmq_export.export import data_path, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.facts import FACTS
-from dmq_export.progress import Progress
 from dmq_export.verify import rms_ratio
 from engines.ort import OnnxSession
 

@@ -8,9 +8,9 @@ from pipelines import save_tiny_pipeline
 
 from calib.pipeline.vae import decode
 from dmq_export.commands.painting import painter
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
-from dmq_export.progress import Progress
 
 QUIET = Progress(show=False)
 RECIPE = {"steps": 2, "scales": "static"}

@@ -28,9 +28,9 @@ from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
+from dmq_export.common.progress import Progress
 from dmq_export.conditioning import Asked, told
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.progress import Progress
 from dmq_export.sampling import Guidance, sample
 from dmq_export.signature import sample_shape
 
@@ -218,7 +218,7 @@ def test_a_text_encoder_without_transformers_says_what_to_install(
     save_tiny_network("sd", tmp_path)
     index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"]}))
-    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("dmq_export.common.extras.find_spec", lambda name: None)
     with pytest.raises(DmqError, match=r"needs what is not installed, transformers: pip install 'dmq-export\[text\]'"):
         encode_prompts(tmp_path, PROMPTS, guidance_scale=None, device=CPU)
 

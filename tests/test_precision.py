@@ -15,13 +15,13 @@ from calib.calibrate import Resources, calibrated
 from calib.model.layers import select_layers
 from calib.model.load import load_model
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
 from dmq_export.export import serialized
 from dmq_export.integer import lower_integer
 from dmq_export.lowering import lower
-from dmq_export.progress import Progress
 
 openvino = pytest.importorskip("openvino")
 precision = pytest.importorskip("tests.support.precision")

@@ -15,8 +15,8 @@ from dmq_export.arguments import Argument
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.cli import main
 from dmq_export.commands.prompts import NO_TEXT, Prompting, read_prompts
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 
 TINY = ["--samples", "2", "--steps", "2", "--les-iters", "2", "--rounding", "nearest"]
 QUIET = Progress(show=False)

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from dmq_export.commands.quickstart import Quickstart, quickstart
-from dmq_export.progress import Progress
+from dmq_export.common.progress import Progress
 
 
 @pytest.fixture(scope="module")

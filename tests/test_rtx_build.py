@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from qdq import conv_model
 from rtx import REFUSED, float_product, needs_rtx, open_model, saved
 
-import dmq_export.extras
+import dmq_export.common.extras
 from dmq_export.cli import main
 from dmq_export.commands import trt_build
 from engines.tensorrt.capability import runs_on
@@ -124,7 +124,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(by: str, tmp_path: Path, plan:
 
 
 def test_a_missing_runtime_is_said_before_all_else(onnx: Path, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dmq_export.extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(dmq_export.common.extras, "find_spec", lambda name: None)
     result = run(onnx, "-o", plan, "--shapes", "y:1")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (

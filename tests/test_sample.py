@@ -16,8 +16,8 @@ from dmq_export.commands import sample as command
 from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.commands.sample import Outputs, sample_engine
+from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = SampleSettings(count=11, batch=3, seed=4)

@@ -12,11 +12,11 @@ import pytest
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
 from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
+from dmq_export.common.progress import Progress
 from dmq_export.cut import cut_graph
 from dmq_export.errors import CheckFailedError
 from dmq_export.export import ExportedGraph, serialized
 from dmq_export.form import plain_form
-from dmq_export.progress import Progress
 from dmq_export.verify import TOLERANCE, LayerCheck
 
 CONV = "down_blocks.0.resnets.0.conv1"

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from calib.model.families import ModelFamily, family_of
+from dmq_export.common.files import read_json, sha256
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.files import read_json, sha256
 from dmq_export.signature import FLUX, sample_shape
 
 DENOISER_FOLDERS = ("unet", "transformer")

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dmq_export.common.extras import require
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
 from dmq_export.scheduler_names import SCHEDULERS
 from dmq_export.signature import FLUX, image_tokens
 

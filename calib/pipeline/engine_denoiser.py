@@ -21,8 +21,8 @@ from torch import Tensor
 
 from calib.model.load import DENOISER_FOLDERS, LONGEST_REASON
 from dmq_export.arguments import flat, timestep_unit
+from dmq_export.common.extras import require
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.extras import require
 from dmq_export.signature import sample_shape
 
 INDEX = "model_index.json"

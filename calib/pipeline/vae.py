@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.pipeline.engine_denoiser import reason
+from dmq_export.common.files import read_json
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.files import read_json
 from dmq_export.signature import FLUX_PATCH
 
 CPU = torch.device("cpu")

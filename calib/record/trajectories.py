@@ -19,9 +19,9 @@ from calib.model.load import SourceModel
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler, step_options
 from calib.record.conditioning import Conditioning
+from dmq_export.common.seeds import stream_seed
 from dmq_export.noise import initial_noise
 from dmq_export.sampling import Evaluation, Guidance, sample
-from dmq_export.seeds import stream_seed
 
 CONDITIONING = "conditioning/"
 

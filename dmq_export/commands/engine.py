@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
 from dmq_export.checkpoint import load_checkpoint
+from dmq_export.common.bundled import model_folder
+from dmq_export.common.extras import install
 from dmq_export.errors import DmqError
-from dmq_export.extras import install
 from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
 from dmq_export.signature import sample_shape
 

@@ -10,12 +10,12 @@ from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint, load_checkpoint
 from dmq_export.commands.verification import Verification
 from dmq_export.commands.verification import verify as verify_graph
-from dmq_export.extras import install
-from dmq_export.files import require_file
+from dmq_export.common.extras import install
+from dmq_export.common.files import require_file
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lint import Finding, findings_table, lint_model, require_buildable
-from dmq_export.progress import Progress
-from dmq_export.table import table
 from dmq_export.target import FloatType, Target
 
 if TYPE_CHECKING:

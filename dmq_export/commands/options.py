@@ -10,7 +10,7 @@ import click
 from dmq_export.batch import Batch
 from dmq_export.bits import Bits
 from dmq_export.commands.engine import Backend
-from dmq_export.memory import parse_size
+from dmq_export.common.memory import parse_size
 from dmq_export.recipe import PRESETS
 
 FOLDER = click.Path(path_type=Path)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
-from dmq_export.progress import Progress
 from dmq_export.signature import sample_shape
 
 Samples = NDArray[np.float32]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmq_export.common.progress import Progress
 from dmq_export.embeddings import Embeddings, load_embeddings
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
 from dmq_export.commands.engine import float_engine, open_engine
 from dmq_export.commands.onnx import Export, export_onnx
-from dmq_export.extras import require
-from dmq_export.files import make_folder
-from dmq_export.memory import peak_memory
-from dmq_export.progress import Progress
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.extras import require
+from dmq_export.common.files import make_folder
+from dmq_export.common.memory import peak_memory
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.recipe import recipe_from
-from dmq_export.table import table
 
 MODEL = "digits"
 NO_LABEL = 10  # the bundled model's label for "any digit"

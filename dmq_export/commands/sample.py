@@ -24,11 +24,11 @@ from dmq_export.commands.drawing import (
 from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
 from dmq_export.commands.painting import Paint, painter
 from dmq_export.commands.prompts import NO_TEXT, Prompting
+from dmq_export.common.distributed import Rank
+from dmq_export.common.files import require_file, sha256
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.files import require_file, sha256
 from dmq_export.mismatch import mismatches
-from dmq_export.progress import Progress
-from dmq_export.rank import Rank
 from dmq_export.shards import SampleShards
 
 SHOWN = 100  # samples in a picture at most

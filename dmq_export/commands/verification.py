@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError
-from dmq_export.progress import Progress
 from dmq_export.verify import (
     FLOAT16,
     FLOAT32,

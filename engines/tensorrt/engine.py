@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
-from dmq_export.files import sha256
 from engines.inputs import Input
 from engines.pieces import in_pieces
 from engines.tensorrt.cuda import Buffer, Stream

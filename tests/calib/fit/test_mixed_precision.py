@@ -21,8 +21,8 @@ from calib.record.trajectories import Trajectories
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.commands.onnx import export_onnx
+from dmq_export.common.progress import Progress
 from dmq_export.layer import LayerSpec
-from dmq_export.progress import Progress
 
 
 def trajectories(steps: int, samples: int, predictions: Tensor | None = None) -> Trajectories:

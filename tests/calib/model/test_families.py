@@ -16,7 +16,7 @@ from calib.run.plan import Resources
 from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.onnx import export_onnx
-from dmq_export.progress import Progress
+from dmq_export.common.progress import Progress
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from dmq_export.common.extras import EXTRAS, install, require
 from dmq_export.errors import DmqError
-from dmq_export.extras import EXTRAS, install, require
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")  # pytest brings it for Python 3.10
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE_AND_A_RUNTIME = """
 import json, sys
@@ -38,7 +38,9 @@ def test_one_command_gets_what_is_missing() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require("this", "torch", "json")
-    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None if name in ("torch", "openvino") else name)
+    monkeypatch.setattr(
+        "dmq_export.common.extras.find_spec", lambda name: None if name in ("torch", "openvino") else name
+    )
     with pytest.raises(DmqError) as caught:
         require("this", "torch", "json", "openvino")
     assert str(caught.value) == (

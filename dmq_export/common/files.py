@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dmq_export.common.memory import in_words
 from dmq_export.errors import DmqError
-from dmq_export.memory import in_words
 
 
 @contextmanager

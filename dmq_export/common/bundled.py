@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent / "models"
+BUNDLED = Path(__file__).parents[1] / "models"
 
 
 def model_folder(model: str) -> Path:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmq_export.common.distributed import Rank
 from dmq_export.errors import DmqError
-from dmq_export.rank import Rank
 
 
 def test_alone_everything_is_ours() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from dmq_export.memory import peaks
+from dmq_export.common.memory import peaks
 
 
 class Advance(Protocol):

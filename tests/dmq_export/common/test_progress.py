@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import dmq_export.progress
-from dmq_export.progress import Progress
+import dmq_export.common.progress
+from dmq_export.common.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_stage(progress: Progress, name: str = "layer fits") -> None:
@@ -51,7 +51,7 @@ def test_a_short_stage_leaves_nothing_in_a_log_file(capsys: pytest.CaptureFixtur
 def test_a_stage_of_some_seconds_leaves_a_line_at_its_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dmq_export.progress, "SHORT", 0.0)
+    monkeypatch.setattr(dmq_export.common.progress, "SHORT", 0.0)
     run_stage(Progress())
     run_stage(Progress(show=False))
     assert capsys.readouterr() == ("", "layer fits: done in 0 s\n")
@@ -66,7 +66,7 @@ def test_a_log_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None
 def test_a_long_stage_leaves_lines_in_a_log_file_unless_bars_are_off(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, show: bool | None
 ) -> None:
-    monkeypatch.setattr(dmq_export.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(dmq_export.common.progress, "LINE_SECONDS", 0.0)
     with Progress(show=show).stage("layer fits", 40, "layer") as advance:
         advance(10, "mid_block.to_q")
         advance(30)
@@ -105,8 +105,8 @@ def test_a_restarted_progress_has_counted_nothing_and_shows_as_before(capsys: py
 def drawn(advances: str) -> subprocess.CompletedProcess[str]:
     """A stage of five in a process of its own, every advance drawn."""
     program = f"""
-import dmq_export.progress
-from dmq_export.progress import Progress
+import dmq_export.common.progress
+from dmq_export.common.progress import Progress
 with Progress(show=True).stage("fits", 5, "layer") as advance:
     {advances}
 """
@@ -148,7 +148,7 @@ def test_the_bar_names_what_was_done() -> None:
 def test_a_stage_of_unknown_length_says_what_it_does_and_since_when(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dmq_export.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(dmq_export.common.progress, "LINE_SECONDS", 0.0)
     with Progress().stage("building", None, "phase") as advance:
         advance(0, "Optimizing graph")
     assert capsys.readouterr().err == "building: 00:00 gone Optimizing graph\n"

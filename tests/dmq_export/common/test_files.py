@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmq_export.errors import DmqError
-from dmq_export.files import (
+from dmq_export.common.files import (
     _take_place,
     atomic_file,
     atomic_files,
@@ -19,6 +18,7 @@ from dmq_export.files import (
     require_writable,
     sha256,
 )
+from dmq_export.errors import DmqError
 
 
 def names(folder: Path) -> list[str]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dmq_export.bundled import model_folder
-from dmq_export.files import read_json
+from dmq_export.common.bundled import model_folder
+from dmq_export.common.files import read_json
 from dmq_export.signature import label_count, sample_shape
 
 
