@@ -27,7 +27,7 @@ from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_sampl
 from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
-from dmq_export.conditioning import made_up
+from dmq_export.denoiser.conditioning import made_up
 from dmq_export.scheduler_names import SCHEDULERS
 from engines.ddim import Ddim
 

@@ -220,7 +220,7 @@ import numpy as np
 from dmq_export.facts import read_facts
 from dmq_export.noise import initial_noise
 from dmq_export.sampling import sample
-from dmq_export.signature import sample_shape
+from dmq_export.denoiser.config import sample_shape
 from engines.ddim import Ddim, DdimSettings
 from engines.onnx_metadata import onnx_metadata
 from engines.{module} import {denoiser}

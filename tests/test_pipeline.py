@@ -29,10 +29,10 @@ from dmq_export.commands.engine import Engine, open_engine
 from dmq_export.commands.onnx import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
 from dmq_export.common.progress import Progress
-from dmq_export.conditioning import Asked, told
+from dmq_export.denoiser.conditioning import Asked, told
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.sampling import Guidance, sample
-from dmq_export.signature import sample_shape
 
 CPU = torch.device("cpu")
 STEPS = 2

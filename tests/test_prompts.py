@@ -11,11 +11,11 @@ from models import random_embeddings, save_tiny_conditional
 from PIL import Image
 from pipelines import save_tiny_pipeline
 
-from dmq_export.arguments import Argument
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.cli import main
 from dmq_export.commands.prompts import NO_TEXT, Prompting, read_prompts
 from dmq_export.common.progress import Progress
+from dmq_export.denoiser.arguments import Argument
 from dmq_export.errors import DmqError
 
 TINY = ["--samples", "2", "--steps", "2", "--les-iters", "2", "--rounding", "nearest"]

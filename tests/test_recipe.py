@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmq_export.bits import Bits
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.recipe import PRESETS, Preset, Recipe, recipe_from
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dmq_export.arguments import LABELS, arguments
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
 from dmq_export.common.memory import current_memory
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
-from dmq_export.conditioning import made_up
+from dmq_export.denoiser.arguments import LABELS, arguments
+from dmq_export.denoiser.conditioning import made_up
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
 from dmq_export.latency import Latency, measure_interleaved
 from dmq_export.noise import initial_noise
-from dmq_export.signature import sample_shape
 
 
 @dataclass(frozen=True)

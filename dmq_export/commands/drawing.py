@@ -20,14 +20,14 @@ from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.commands.engine import Engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
-from dmq_export.conditioning import Asked, labels_told, told
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.conditioning import Asked, labels_told, told
+from dmq_export.denoiser.config import sample_shape
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
 from dmq_export.noise import initial_noise, noise_streams
 from dmq_export.sampling import Guidance, sample
 from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.signature import sample_shape
 from engines.ddim import Ddim, DdimSettings, unsupported
 
 BATCH = 32  # samples per evaluation, where neither the user nor the graph says

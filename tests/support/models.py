@@ -20,9 +20,9 @@ from diffusers import (
 )
 from torch import nn
 
-from dmq_export.arguments import LABELS, Argument, arguments
 from dmq_export.bits import Bits
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.arguments import LABELS, Argument, arguments
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.recipe import Recipe
 
 TINY_RECIPE = Recipe(bits=Bits(4, 8), samples=2, steps=3, les_iterations=2, les_batch=16, check_samples=2)

@@ -6,7 +6,7 @@ import pytest
 
 from dmq_export.common.bundled import model_folder
 from dmq_export.common.files import read_json
-from dmq_export.signature import label_count, sample_shape
+from dmq_export.denoiser.config import label_count, sample_shape
 
 
 def test_a_bundled_name_is_a_diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from models import NETWORKS, UNET
 
-from dmq_export.arguments import TEXT_LENGTH, arguments
-from dmq_export.conditioning import Asked, made_up, told
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.arguments import TEXT_LENGTH, arguments
+from dmq_export.denoiser.conditioning import Asked, made_up, told
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import ModelError
 
 TEXT = "encoder_hidden_states"

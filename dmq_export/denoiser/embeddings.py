@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.arguments import GUIDANCE, Argument
+from dmq_export.denoiser.arguments import GUIDANCE, Argument
 from dmq_export.errors import DmqError, ModelError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -22,7 +22,7 @@ class Embeddings:
     """Embeddings of ``S`` prompts; two are equal when their ``sha256`` is.
 
     Attributes:
-        given: by name (:mod:`dmq_export.arguments`), each ``[S, ...]``.
+        given: by name (:mod:`dmq_export.denoiser.arguments`), each ``[S, ...]``.
         unconditional: the same for guidance's other branch, each ``[S, ...]`` or ``[1, ...]``; empty for none.
         sha256: of all names, types, shapes and values.
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dmq_export.denoiser.config import FLUX, label_count
 from dmq_export.errors import ModelError
-from dmq_export.signature import FLUX, label_count
 
 LABELS = "class_labels"
 GUIDANCE = "guidance"  # distilled models take the guidance scale as an input instead of a second evaluation

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import NETWORKS, PIXART, SDXL, TRANSFORMER, UNET
 
-from dmq_export.arguments import Argument, arguments, flat, nested, timestep_unit
+from dmq_export.denoiser.arguments import Argument, arguments, flat, nested, timestep_unit
 from dmq_export.errors import ModelError
 
 TOLD = {

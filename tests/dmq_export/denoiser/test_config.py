@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_unet
 
+from dmq_export.denoiser.config import image_tokens, label_count, labels_for, sample_shape
 from dmq_export.errors import ModelError
-from dmq_export.signature import image_tokens, label_count, labels_for, sample_shape
 
 TINY_TRANSFORMER = {
     "num_attention_heads": 1,

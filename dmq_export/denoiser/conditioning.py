@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.arguments import LABELS, TEXT_LENGTH, arguments
-from dmq_export.embeddings import Embeddings, fitted
+from dmq_export.denoiser.arguments import LABELS, TEXT_LENGTH, arguments
+from dmq_export.denoiser.config import labels_for
+from dmq_export.denoiser.embeddings import Embeddings, fitted
 from dmq_export.errors import ModelError
-from dmq_export.signature import labels_for
 
 Named = dict[str, NDArray[Any]]
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmq_export.arguments import Argument
-from dmq_export.embeddings import Embeddings, fitted, load_embeddings
+from dmq_export.denoiser.arguments import Argument
+from dmq_export.denoiser.embeddings import Embeddings, fitted, load_embeddings
 from dmq_export.errors import DmqError, ModelError
 
 TEXT = Argument("encoder_hidden_states", (None, 4))
