@@ -36,7 +36,7 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
-from dmq_export.export import serialized
+from dmq_export.graph.export import serialized
 from dmq_export.layer import QuantizedLayer
 from dmq_export.recipe import Recipe
 from engines.ort import OnnxSession

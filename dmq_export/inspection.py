@@ -205,8 +205,8 @@ def inspect_onnx(path: Path) -> OnnxSummary:
     Raises:
         DmqError: it is no ONNX file.
     """
+    from dmq_export.graph.onnx_file import external_files, facts_of, load_onnx
     from dmq_export.lint.view import QdqGraph, with_types
-    from dmq_export.onnx_file import external_files, facts_of, load_onnx
 
     model = load_onnx(path)
     graph = QdqGraph(with_types(model))

@@ -25,8 +25,8 @@ from dmq_export.commands.verification import DRIFT_FACTOR, PERTURBATION, PERTURB
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.onnx_file import facts_of
-from dmq_export.verify import TOLERANCE, rms_ratio
+from dmq_export.graph.compare import TOLERANCE, rms_ratio
+from dmq_export.graph.onnx_file import facts_of
 from engines.tensorrt.plan_file import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,7 +222,7 @@ from dmq_export.noise import initial_noise
 from dmq_export.sampling import sample
 from dmq_export.denoiser.config import sample_shape
 from engines.ddim import Ddim, DdimSettings
-from engines.onnx_metadata import onnx_metadata
+from dmq_export.graph.onnx_metadata import onnx_metadata
 from engines.{module} import {denoiser}
 
 path = Path({path!r})

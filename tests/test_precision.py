@@ -19,9 +19,9 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
-from dmq_export.export import serialized
-from dmq_export.integer import lower_integer
-from dmq_export.lowering import lower
+from dmq_export.graph.export import serialized
+from dmq_export.graph.integer import lower_integer
+from dmq_export.graph.lower import lower
 
 openvino = pytest.importorskip("openvino")
 precision = pytest.importorskip("tests.support.precision")

@@ -14,7 +14,7 @@ from qdq import GraphBuilder, conv_model
 from dmq_export.cli import main
 from dmq_export.commands.trt_build import integer_nodes, read_source
 from dmq_export.errors import DmqError
-from dmq_export.onnx_file import load_onnx
+from dmq_export.graph.onnx_file import load_onnx
 from engines.tensorrt import build as trt_build
 from engines.tensorrt import environment as trt_environment
 from engines.tensorrt.plan_file import read_plan

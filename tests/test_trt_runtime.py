@@ -56,7 +56,7 @@ def test_what_is_no_plan_is_refused_by_tensorrt_rtx_itself(capfd: pytest.Capture
 def test_tensorrt_rtx_reads_its_own_plan_as_far_as_the_driver(tmp_path: Path) -> None:
     """Up to the first call of CUDA, where the machine has no GPU."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    from dmq_export.export import save_onnx
+    from dmq_export.graph.export import save_onnx
 
     model = conv_model()
     model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)

@@ -13,11 +13,11 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
 from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
 from dmq_export.common.progress import Progress
-from dmq_export.cut import cut_graph
 from dmq_export.errors import CheckFailedError
-from dmq_export.export import ExportedGraph, serialized
-from dmq_export.form import plain_form
-from dmq_export.verify import TOLERANCE, LayerCheck
+from dmq_export.graph.compare import TOLERANCE, LayerCheck
+from dmq_export.graph.export import ExportedGraph, serialized
+from dmq_export.graph.isolate import cut_graph
+from dmq_export.graph.lowered_layer import plain_form
 
 CONV = "down_blocks.0.resnets.0.conv1"
 QUERY = "mid_block.attentions.0.to_q"

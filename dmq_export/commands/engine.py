@@ -144,7 +144,7 @@ def _torch_device(provider: str | None) -> torch.device:
 
 
 def _open_onnx(path: Path, execution: Execution) -> Engine:
-    from engines.onnx_metadata import onnx_metadata
+    from dmq_export.graph.onnx_metadata import onnx_metadata
 
     facts = read_facts(onnx_metadata(path), path)
     made_for_openvino = facts.target == "openvino"

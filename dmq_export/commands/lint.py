@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dmq_export.graph.onnx_file import load_onnx
 from dmq_export.lint import Finding, errors, findings_table, lint_model
-from dmq_export.onnx_file import load_onnx
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dmq_export.lint import Finding, findings_table, lint_model, require_buildab
 from dmq_export.target import FloatType, Target
 
 if TYPE_CHECKING:
-    from dmq_export.export import ExportedGraph
+    from dmq_export.graph.export import ExportedGraph
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export_onnx(
         DmqError: the checkpoint or the output path is bad.
         CheckFailedError: TensorRT would refuse the graph, or it differs from the reference; nothing is written then.
     """
-    from dmq_export.export import data_path, layer_bytes, save_onnx
+    from dmq_export.graph.export import data_path, layer_bytes, save_onnx
 
     require_file(output)
     checkpoint = load_checkpoint(checkpoint_folder)
@@ -104,7 +104,7 @@ def export_graph(
         ExportError: the model cannot be traced, or a layer cannot be lowered.
     """
     from calib.model.trace import trace_network
-    from dmq_export.export import lower_graph, require_type
+    from dmq_export.graph.export import lower_graph, require_type
 
     require_type(target, dtype)  # before the tracing, which takes its time
     return lower_graph(trace_network(checkpoint), checkpoint, target, dtype, batch)

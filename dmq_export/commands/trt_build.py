@@ -16,10 +16,10 @@ from dmq_export.common.files import require_file, require_room
 from dmq_export.common.memory import in_words
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.float_twin import float_twin
+from dmq_export.graph.float_twin import float_twin
+from dmq_export.graph.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
 from dmq_export.lint import lint_model, require_buildable
 from dmq_export.lint.view import QdqGraph
-from dmq_export.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
 
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuildSettings, Plan, Source

@@ -1,8 +1,8 @@
 """Compares an exported graph with the PyTorch reference: layer by layer, then end to end.
 
-See :mod:`dmq_export.verify` for why the proof is layer by layer. End to end the graph may drift from the reference
-about as far as the reference drifts from itself when every layer's input changes by what another order of summation
-would change it, or, where that happens to flip no code at all, as far as quantization itself went.
+See :mod:`dmq_export.graph.compare` for why the proof is layer by layer. End to end the graph may drift from the
+reference about as far as the reference drifts from itself when every layer's input changes by what another order of
+summation would change it, or, where that happens to flip no code at all, as far as quantization itself went.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError
-from dmq_export.verify import (
+from dmq_export.graph.compare import (
     FLOAT16,
     FLOAT32,
     TOLERANCE,
@@ -32,7 +32,7 @@ from dmq_export.verify import (
 
 if TYPE_CHECKING:
     from calib.model.fake_quantized import FakeQuantizedModel
-    from dmq_export.export import ExportedGraph
+    from dmq_export.graph.export import ExportedGraph
 
 PRECISIONS = {"float32": FLOAT32, "float16": FLOAT16}
 PERTURBATION = {"float32": 1e-6, "float16": 1e-3}  # relative, of every layer's input
@@ -130,9 +130,9 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
 
 
 def _executors(graph: ExportedGraph, runtimes: list[str]) -> list[Executor]:
-    from dmq_export.cut import cut_graph
-    from dmq_export.export import loadable
-    from dmq_export.half_sums import keep_half_sums
+    from dmq_export.graph.export import loadable
+    from dmq_export.graph.float16_sums import keep_half_sums
+    from dmq_export.graph.isolate import cut_graph
 
     cut = graph.model.clone()
     cut_graph(cut, graph.forms)
@@ -157,8 +157,8 @@ def _check_layers(
 ) -> list[LayerCheck]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.model.fake_quantized import record_layers
-    from dmq_export.cut import cut_inputs, cut_outputs
-    from dmq_export.marker import OUTPUT
+    from dmq_export.graph.isolate import cut_inputs, cut_outputs
+    from dmq_export.graph.marker import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
     row, forms = reference.row_of(float(checkpoint.probe.timesteps[step])), graph.forms

@@ -18,7 +18,7 @@ from host_gpu import plan_for
 from qdq import conv_model
 
 from dmq_export.cli import main
-from dmq_export.export import save_onnx
+from dmq_export.graph.export import save_onnx
 from engines.ort import OnnxRuntimeDenoiser
 from engines.tensorrt.summary import KernelSummary
 
