@@ -41,7 +41,7 @@ from dmq_export.common.table import table
 from dmq_export.facts import facts_from_json, model_facts
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe, recipe_from
-from engines.images import psnr
+from dmq_export.sampling.images import psnr
 
 NO_LABEL = 10
 PICTURES = 64

@@ -28,8 +28,8 @@ from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.denoiser.conditioning import made_up
-from dmq_export.scheduler_names import SCHEDULERS
-from engines.ddim import Ddim
+from dmq_export.sampling.ddim import Ddim
+from dmq_export.sampling.names import SCHEDULERS
 
 CLOCKS = (time.perf_counter, time.thread_time)
 COLUMNS = ("us per step", "scheduler's", "overhead")

@@ -28,7 +28,7 @@ from dmq_export.common.extras import EXTRAS, install
 from dmq_export.errors import DmqError, StoppedError
 from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.names import SCHEDULERS
 from dmq_export.target import FloatType, Target
 from engines.tensorrt.plan_file import HardwareCompatibility, RuntimeChoice
 

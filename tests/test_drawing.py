@@ -21,9 +21,9 @@ from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
-from dmq_export.noise import initial_noise
-from dmq_export.sampling import sample
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.loop import sample
+from dmq_export.sampling.names import SCHEDULERS
+from dmq_export.sampling.noise import initial_noise
 
 FACTS = Facts(
     target="portable",
@@ -77,7 +77,7 @@ def test_ddim_is_ours_and_close_to_that_of_diffusers() -> None:
     expected = sample(network, noise, build_scheduler(FACTS.scheduler, None, 5), labels).numpy()
     # five steps with four coefficients each, whose square roots PyTorch may round the other way
     np.testing.assert_allclose(result, expected, rtol=0, atol=20 * 2.0**-23 * np.abs(expected).max())
-    assert type(sampler_for(FACTS, SampleSettings()).scheduler).__module__ == "engines.ddim"
+    assert type(sampler_for(FACTS, SampleSettings()).scheduler).__module__ == "dmq_export.sampling.ddim"
 
 
 def test_what_our_ddim_lacks_diffusers_does() -> None:

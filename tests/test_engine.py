@@ -218,10 +218,10 @@ sys.modules.update(dict.fromkeys({blocked!r}))
 from pathlib import Path
 import numpy as np
 from dmq_export.facts import read_facts
-from dmq_export.noise import initial_noise
-from dmq_export.sampling import sample
+from dmq_export.sampling.noise import initial_noise
+from dmq_export.sampling.loop import sample
 from dmq_export.denoiser.config import sample_shape
-from engines.ddim import Ddim, DdimSettings
+from dmq_export.sampling.ddim import Ddim, DdimSettings
 from dmq_export.graph.onnx_metadata import onnx_metadata
 from engines.{module} import {denoiser}
 

@@ -32,7 +32,7 @@ from dmq_export.common.progress import Progress
 from dmq_export.denoiser.conditioning import Asked, told
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.sampling import Guidance, sample
+from dmq_export.sampling.loop import Guidance, sample
 
 CPU = torch.device("cpu")
 STEPS = 2

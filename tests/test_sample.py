@@ -182,7 +182,7 @@ def test_a_picture_shows_the_first_samples_and_says_so(
 ) -> None:
     shown: dict[str, np.ndarray] = {}
     monkeypatch.setattr(command, "SHOWN", 4)
-    monkeypatch.setattr("engines.images.save_grid", lambda rows, path: shown.update(rows))
+    monkeypatch.setattr("dmq_export.sampling.images.save_grid", lambda rows, path: shown.update(rows))
     run(tiny_onnx, Outputs(picture=tmp_path / "p.png"))
     assert "Note: the picture shows the first 4 of 11 samples" in capsys.readouterr().err
     expected = draw_samples(open_engine(tiny_onnx, Execution(threads=1)), SETTINGS, QUIET)

@@ -19,7 +19,7 @@ from dmq_export.denoiser.conditioning import made_up
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
 from dmq_export.latency import Latency, measure_interleaved
-from dmq_export.noise import initial_noise
+from dmq_export.sampling.noise import initial_noise
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from dmq_export.denoiser.config import sample_shape
 from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
-from dmq_export.noise import initial_noise, noise_streams
-from dmq_export.sampling import Guidance, sample
-from dmq_export.scheduler_names import SCHEDULERS
-from engines.ddim import Ddim, DdimSettings, unsupported
+from dmq_export.sampling.ddim import Ddim, DdimSettings, unsupported
+from dmq_export.sampling.loop import Guidance, sample
+from dmq_export.sampling.names import SCHEDULERS
+from dmq_export.sampling.noise import initial_noise, noise_streams
 
 BATCH = 32  # samples per evaluation, where neither the user nor the graph says
 Samples = NDArray[np.float32]
@@ -208,8 +208,8 @@ class Sampler:
     Attributes:
         name: class name of diffusers' scheduler of this kind.
         eta: DDIM's noise share.
-        scheduler: see :class:`dmq_export.sampling.Scheduler`; at its start, so that each batch steps a copy. Building
-            one of diffusers' takes as long as ten of its steps.
+        scheduler: see :class:`dmq_export.sampling.loop.Scheduler`; at its start, so that each batch steps a copy.
+            Building one of diffusers' takes as long as ten of its steps.
         options: of its ``step``, for the samples of a batch.
         library: that it computes with.
     """

@@ -28,7 +28,7 @@ def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
     Raises:
         DmqError: the samples are no pictures, and there is no decoder.
     """
-    from engines.images import require_pictures
+    from dmq_export.sampling.images import require_pictures
 
     if pipeline is None:
         require_pictures(sample_shape(facts.config)[0])

@@ -15,7 +15,7 @@ from dmq_export.denoiser.arguments import arguments
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
 from dmq_export.facts import Facts
-from dmq_export.mismatch import mismatches
+from dmq_export.sampling.deviations import mismatches
 
 
 def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | None = None) -> Any:

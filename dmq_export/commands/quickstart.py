@@ -96,7 +96,7 @@ def quickstart(folder: Path, progress: Progress, *, count: int = 400, seed: int 
     Raises:
         DmqError: a library is missing, or the folder cannot be written.
     """
-    from engines.images import psnr, save_grid
+    from dmq_export.sampling.images import psnr, save_grid
 
     require("quickstart", "torch", "diffusers", "onnxscript", "onnxruntime")
     make_folder(folder)

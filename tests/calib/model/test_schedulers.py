@@ -12,7 +12,7 @@ import torch
 
 from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.errors import DmqError
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.names import SCHEDULERS
 
 # diffusers passes tensors to np.array, whose protocol torch does not follow in full yet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

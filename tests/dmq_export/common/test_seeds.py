@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmq_export.common.seeds import stream_seed
-from dmq_export.noise import initial_noise
+from dmq_export.sampling.noise import initial_noise
 
 KEYS = st.lists(st.one_of(st.integers(0, 99), st.from_regex(r"[a-z][a-z._]*", fullmatch=True)), max_size=3)
 

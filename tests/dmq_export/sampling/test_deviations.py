@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dmq_export.facts import Facts
-from dmq_export.mismatch import mismatches
+from dmq_export.sampling.deviations import mismatches
 
 FACTS = Facts(
     target="portable",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmq_export.errors import DmqError
-from dmq_export.shards import LOCK, SampleShards
+from dmq_export.sampling.npz_shards import LOCK, SampleShards
 
 SETTINGS = {"seed": 1, "labels": [1, 2], "eta": None}
 BATCHES = [range(0, 3), range(3, 6), range(6, 7)]

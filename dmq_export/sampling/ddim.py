@@ -78,7 +78,7 @@ class DdimOutput(NamedTuple):
 
 
 class Ddim:
-    """The sampler with its timesteps set; has what :func:`dmq_export.sampling.sample` asks of a scheduler.
+    """The sampler with its timesteps set; has what :func:`dmq_export.sampling.loop.sample` asks of a scheduler.
 
     Args:
         settings: of the schedule the network was trained with.

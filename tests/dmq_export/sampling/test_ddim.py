@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmq_export.errors import DmqError
-from dmq_export.sampling import sample
-from engines.ddim import CHOICES, Ddim, DdimSettings, alphas_cumprod, unsupported
+from dmq_export.sampling.ddim import CHOICES, Ddim, DdimSettings, alphas_cumprod, unsupported
+from dmq_export.sampling.loop import sample
 
 CONFIGS = st.fixed_dictionaries(
     {

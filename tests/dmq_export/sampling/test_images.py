@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dmq_export.errors import CheckFailedError, DmqError
-from engines.images import CAPTION, psnr, save_grid, to_pixels
+from dmq_export.sampling.images import CAPTION, psnr, save_grid, to_pixels
 
 
 def gradient(count: int = 1, channels: int = 1, size: int = 16) -> np.ndarray:

@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
 from calib.model.schedulers import build_scheduler, step_options
-from dmq_export.sampling import Evaluation, Guidance, sample
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.loop import Evaluation, Guidance, sample
+from dmq_export.sampling.names import SCHEDULERS
 
 # diffusers passes tensors to np.array, whose protocol torch does not follow in full yet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
