@@ -38,8 +38,8 @@ from dmq_export.commands.engine import Engine, float_engine
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
-from dmq_export.facts import facts_from_json, model_facts
 from dmq_export.layer import LayerSpec
+from dmq_export.metadata import facts_from_json, model_facts
 from dmq_export.recipe import Recipe, recipe_from
 from dmq_export.sampling.images import psnr
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dmq_export import __version__
-from dmq_export.commands.options import (
+from dmq_export.cli_options import (
     FOLDER,
     BatchSizes,
     BitWidths,

@@ -20,7 +20,7 @@ from dmq_export.commands.engine import Engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 from dmq_export.sampling.loop import sample
 from dmq_export.sampling.names import SCHEDULERS
 from dmq_export.sampling.noise import initial_noise

@@ -217,7 +217,7 @@ import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 from pathlib import Path
 import numpy as np
-from dmq_export.facts import read_facts
+from dmq_export.metadata import read_facts
 from dmq_export.sampling.noise import initial_noise
 from dmq_export.sampling.loop import sample
 from dmq_export.denoiser.config import sample_shape

@@ -16,7 +16,7 @@ from qdq import wide_model
 
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.cli import main
-from dmq_export.inspection import inspect_checkpoint, inspect_onnx
+from dmq_export.summary import inspect_checkpoint, inspect_onnx
 from engines.tensorrt.plan_file import save_plan
 
 

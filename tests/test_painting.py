@@ -10,7 +10,7 @@ from calib.pipeline.vae import decode
 from dmq_export.commands.painting import painter
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 
 QUIET = Progress(show=False)
 RECIPE = {"steps": 2, "scales": "static"}

@@ -24,7 +24,7 @@ from dmq_export.denoiser.conditioning import Asked, labels_told, told
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 from dmq_export.sampling.ddim import Ddim, DdimSettings, unsupported
 from dmq_export.sampling.loop import Guidance, sample
 from dmq_export.sampling.names import SCHEDULERS

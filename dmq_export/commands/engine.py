@@ -23,7 +23,7 @@ from dmq_export.common.bundled import model_folder
 from dmq_export.common.extras import install
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
+from dmq_export.metadata import Facts, facts_from_json, model_facts, read_facts
 
 if TYPE_CHECKING:
     import torch

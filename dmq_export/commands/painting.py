@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dmq_export.common.progress import Progress
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 
 Samples = NDArray[np.float32]
 Paint = Callable[[Samples], Samples]

@@ -14,7 +14,7 @@ from dmq_export.common.extras import require
 from dmq_export.denoiser.arguments import arguments
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 from dmq_export.sampling.deviations import mismatches
 
 

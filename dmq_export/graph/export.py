@@ -17,7 +17,6 @@ from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.common.files import atomic_files
 from dmq_export.errors import ExportError
-from dmq_export.facts import FACTS, model_facts
 from dmq_export.graph.float16 import to_float16
 from dmq_export.graph.fold import fold_factors
 from dmq_export.graph.integer import lower_integer
@@ -27,6 +26,7 @@ from dmq_export.graph.portable import lower_portable
 from dmq_export.graph.simplify import clean_graph
 from dmq_export.graph.step_tables import STEP
 from dmq_export.layer import QuantizedLayer
+from dmq_export.metadata import FACTS, model_facts
 from dmq_export.target import FloatType, Target
 
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights: protobuf refuses messages of 2 GiB, and the graph needs some

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dmq_export.errors import DmqError
-from dmq_export.facts import FACTS
+from dmq_export.metadata import FACTS
 
 Sizes = tuple[int | str, ...]  # of a tensor; a name stands for a size that varies
 

@@ -6,7 +6,7 @@ calibrated nor measured there, so the user is told.
 
 from collections.abc import Iterable, Iterator
 
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 
 
 def mismatches(

@@ -20,10 +20,10 @@ from dmq_export.checkpoint import Checkpoint, save_checkpoint
 from dmq_export.commands.onnx import export_graph, export_onnx
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.facts import FACTS
 from dmq_export.graph.compare import rms_ratio
 from dmq_export.graph.export import data_path, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.graph.node_builder import NodeBuilder
+from dmq_export.metadata import FACTS
 from engines.ort import OnnxSession
 
 

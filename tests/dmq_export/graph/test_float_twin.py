@@ -15,12 +15,12 @@ from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.onnx import export_graph
 from dmq_export.errors import ExportError
-from dmq_export.facts import FACTS
 from dmq_export.graph.export import serialized
 from dmq_export.graph.float_twin import float_twin
 from dmq_export.graph.integer import lower_integer
 from dmq_export.graph.lower import lower
 from dmq_export.layer import QuantizedLayer
+from dmq_export.metadata import FACTS
 from engines.ort import OnnxSession
 
 FITTING = {name: spec for name, spec in SPECS.items() if spec.bits.weight < 8}

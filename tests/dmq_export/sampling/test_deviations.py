@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dmq_export.facts import Facts
+from dmq_export.metadata import Facts
 from dmq_export.sampling.deviations import mismatches
 
 FACTS = Facts(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import numpy_helper
 
-from dmq_export.int4 import pack_nibbles, unpack_nibbles
+from dmq_export.checkpoint import pack_nibbles, unpack_nibbles
 
 CODES = arrays.arrays(
     np.uint8, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5), elements=st.integers(0, 15)

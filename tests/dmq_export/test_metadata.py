@@ -9,7 +9,7 @@ from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.denoiser.config import label_count, sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.facts import model_facts, read_facts
+from dmq_export.metadata import model_facts, read_facts
 
 
 def test_the_facts_survive_json(tiny_checkpoint: Checkpoint) -> None:

@@ -218,7 +218,7 @@ def test_sample_refuses_bad_settings(tiny_onnx: Path, out: Path, options: list[s
 def test_sample_refuses_what_is_no_engine(tiny_onnx: Path, out: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
-    foreign = Path(__file__).parents[1] / "dmq_export/models/digits/classifier.onnx"
+    foreign = Path(__file__).parents[2] / "dmq_export/models/digits/classifier.onnx"
     assert_refused(
         run("sample", tmp_path / "none.onnx", "-o", out / "p.png"), "is no engine: give an .onnx file, a .plan, or"
     )
