@@ -33,8 +33,8 @@ from calib.record.layer_inputs import LayerInputs
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, float_engine
+from dmq_export.commands.sampler import SampleSettings, draw_samples
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table

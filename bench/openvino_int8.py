@@ -33,7 +33,7 @@ from calib.model.trace import trace_network
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
+from dmq_export.commands.export import export_graph
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.graph.export import serialized

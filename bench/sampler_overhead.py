@@ -23,8 +23,8 @@ from unittest.mock import patch
 
 import diffusers
 
-from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
+from dmq_export.commands.sampler import Conditioning, SampleSettings, draw_samples
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.denoiser.conditioning import made_up

@@ -153,7 +153,7 @@ def calibrate(
 @json_option
 def onnx(checkpoint: Path, output: Path, verify: bool, as_json: bool, **choices: Any) -> None:
     """Export a DMQ CHECKPOINT to ONNX: QuantizeLinear/DequantizeLinear, 4-bit weights."""
-    from dmq_export.commands.onnx import export_onnx
+    from dmq_export.commands.export import export_onnx
     from dmq_export.common.progress import Progress
 
     export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
@@ -284,10 +284,10 @@ def sample(
     **settings: Any,
 ) -> None:
     """Draw pictures from ENGINE: a .plan, an ONNX file, or a checkpoint folder (the PyTorch reference)."""
-    from dmq_export.commands.drawing import SampleSettings
     from dmq_export.commands.engine import Execution
     from dmq_export.commands.prompts import Prompting
     from dmq_export.commands.sample import Outputs, sample_engine
+    from dmq_export.commands.sampler import SampleSettings
     from dmq_export.common.progress import Progress
 
     outputs = Outputs(picture, npz, reference, pipeline)

@@ -17,7 +17,7 @@ from calib.calibrate import calibrate
 from calib.run.plan import Resources
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import load_checkpoint
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.export import export_onnx
 from dmq_export.common.progress import Progress
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

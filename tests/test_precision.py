@@ -16,7 +16,7 @@ from calib.model.layers import select_layers
 from calib.model.load import load_model
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
+from dmq_export.commands.export import export_graph
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.graph.export import serialized

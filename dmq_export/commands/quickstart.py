@@ -9,9 +9,9 @@ import numpy as np
 
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
 from dmq_export.commands.engine import float_engine, open_engine
-from dmq_export.commands.onnx import Export, export_onnx
+from dmq_export.commands.export import Export, export_onnx
+from dmq_export.commands.sampler import Samples, SampleSettings, draw_samples
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.extras import require
 from dmq_export.common.files import make_folder

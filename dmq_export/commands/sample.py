@@ -13,7 +13,10 @@ import numpy as np
 
 from dmq_export import __version__
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
-from dmq_export.commands.drawing import (
+from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
+from dmq_export.commands.pictures import Paint, painter
+from dmq_export.commands.prompts import NO_TEXT, Prompting
+from dmq_export.commands.sampler import (
     Conditioning,
     Samples,
     SampleSettings,
@@ -21,9 +24,6 @@ from dmq_export.commands.drawing import (
     draw_batches,
     sampler_for,
 )
-from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
-from dmq_export.commands.painting import Paint, painter
-from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.common.distributed import Rank
 from dmq_export.common.files import require_file, sha256
 from dmq_export.common.progress import Progress

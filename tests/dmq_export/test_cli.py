@@ -44,7 +44,7 @@ def test_help_shows_the_defaults_of_each_preset() -> None:
 def test_an_export_for_openvino_says_on_stderr_where_openvino_did_not_execute_it(
     tiny_checkpoint_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmq_export.commands.verification.find_spec", lambda name: None)
+    monkeypatch.setattr("dmq_export.commands.verify.find_spec", lambda name: None)
     result = run("onnx", tiny_checkpoint_folder, "-o", out / "m.onnx", "--target", "openvino")
     assert result.exit_code == 0, result.output
     assert result.stderr == "not executed by OpenVINO, which is not installed: pip install 'dmq-export[openvino]'\n"

@@ -20,7 +20,7 @@ from calib.model.load import SourceModel
 from calib.record.trajectories import Trajectories
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.export import export_onnx
 from dmq_export.common.progress import Progress
 from dmq_export.layer import LayerSpec
 

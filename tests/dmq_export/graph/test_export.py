@@ -17,7 +17,7 @@ from calib.calibrate import calibrate
 from calib.model.fake_quantized import load_fake_quantized
 from calib.run.plan import Resources
 from dmq_export.checkpoint import Checkpoint, save_checkpoint
-from dmq_export.commands.onnx import export_graph, export_onnx
+from dmq_export.commands.export import export_graph, export_onnx
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
 from dmq_export.graph.compare import rms_ratio

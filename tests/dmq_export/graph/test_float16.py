@@ -8,7 +8,7 @@ import pytest
 from layers import TIMESTEPS, conv2d, marked_model, random_input, random_layer
 
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
+from dmq_export.commands.export import export_graph
 from dmq_export.errors import ExportError
 from dmq_export.graph.float16 import to_float16
 from dmq_export.graph.integer import lower_integer

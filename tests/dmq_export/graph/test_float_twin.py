@@ -13,7 +13,7 @@ from qdq import GraphBuilder, conv_model
 
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
+from dmq_export.commands.export import export_graph
 from dmq_export.errors import ExportError
 from dmq_export.graph.export import serialized
 from dmq_export.graph.float_twin import float_twin

@@ -6,7 +6,7 @@ import pytest
 
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
+from dmq_export.commands.export import export_graph
 from dmq_export.graph.export import serialized
 from dmq_export.graph.simplify import RULES, fix_batch
 from engines.ort import OnnxSession

@@ -24,10 +24,10 @@ from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline
 from calib.pipeline.text_encoder import encode_prompts
 from calib.pipeline.vae import decode, decoder_folder
 from calib.run.plan import Resources
-from dmq_export.commands.drawing import torch_library
 from dmq_export.commands.engine import Engine, open_engine
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.export import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
+from dmq_export.commands.sampler import torch_library
 from dmq_export.common.progress import Progress
 from dmq_export.denoiser.conditioning import Asked, told
 from dmq_export.denoiser.config import sample_shape

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from calib.model.schedulers import build_scheduler, step_options
-from dmq_export.commands.drawing import (
+from dmq_export.commands.engine import Engine
+from dmq_export.commands.sampler import (
     Conditioning,
     SampleSettings,
     draw_batches,
@@ -16,7 +17,6 @@ from dmq_export.commands.drawing import (
     labels_conditioning,
     sampler_for,
 )
-from dmq_export.commands.engine import Engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
 from dmq_export.errors import DmqError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint, load_checkpoint
-from dmq_export.commands.verification import Verification
-from dmq_export.commands.verification import verify as verify_graph
+from dmq_export.commands.verify import Verification
+from dmq_export.commands.verify import verify as verify_graph
 from dmq_export.common.extras import install
 from dmq_export.common.files import require_file
 from dmq_export.common.progress import Progress

@@ -14,7 +14,7 @@ from dmq_export.cli import main
 from dmq_export.commands import doctor
 from dmq_export.commands.doctor import Examination, Finding, examine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
-from dmq_export.commands.verification import StepDrift, Verification, _require_no_drift, verify
+from dmq_export.commands.export import export_graph
+from dmq_export.commands.verify import StepDrift, Verification, _require_no_drift, verify
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError
 from dmq_export.graph.compare import TOLERANCE, LayerCheck
@@ -236,7 +236,7 @@ def test_the_cut_graph_runs_on_openvinos_integer_kernels(for_openvino: ExportedG
 def test_without_openvino_it_is_said(
     for_openvino: ExportedGraph, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmq_export.commands.verification.find_spec", lambda name: None)
+    monkeypatch.setattr("dmq_export.commands.verify.find_spec", lambda name: None)
     result = verify(for_openvino, tiny_checkpoint, Progress(show=False))
     assert result.missing == ("OpenVINO",)
     assert {drift.runtime for drift in result.drift} == {"ONNX Runtime"}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dmq_export.latency import Latency, measure_interleaved
+from dmq_export.commands.bench import Latency, measure_interleaved
 
 
 def test_percentiles_are_those_of_the_calls() -> None:
@@ -31,7 +31,7 @@ def test_a_call_is_timed_from_its_start_to_its_end(monkeypatch: pytest.MonkeyPat
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("dmq_export.latency.time.perf_counter", lambda: now)
+    monkeypatch.setattr("dmq_export.commands.bench.time.perf_counter", lambda: now)
     latencies = measure_interleaved(
         {"a": lambda _: wait(2), "b": lambda number: wait(3 + number)}, 2, lambda _: wait(9)
     )

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from dmq_export.commands import sample as command
-from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.commands.sample import Outputs, sample_engine
+from dmq_export.commands.sampler import SampleSettings, draw_samples
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = SampleSettings(count=11, batch=3, seed=4)
 QUIET = Progress(show=False)
 

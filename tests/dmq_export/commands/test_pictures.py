@@ -7,7 +7,7 @@ import pytest
 from pipelines import save_tiny_pipeline
 
 from calib.pipeline.vae import decode
-from dmq_export.commands.painting import painter
+from dmq_export.commands.pictures import painter
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 from dmq_export.metadata import Facts

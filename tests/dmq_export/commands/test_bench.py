@@ -13,13 +13,12 @@ from calib.calibrate import calibrate
 from calib.run.plan import Resources
 from dmq_export.cli import main
 from dmq_export.commands import bench
-from dmq_export.commands.bench import BenchSettings, bench_engines
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.bench import BenchSettings, Latency, bench_engines
+from dmq_export.commands.export import export_onnx
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.denoiser.arguments import arguments
 from dmq_export.errors import DmqError
-from dmq_export.latency import Latency
 
 QUIET = Progress(show=False)
 

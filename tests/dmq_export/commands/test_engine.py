@@ -19,9 +19,9 @@ from host_gpu import on_host_memory, plan_for
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands import engine as engines
-from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Backend, Execution, float_engine, open_engine
-from dmq_export.commands.verification import DRIFT_FACTOR, PERTURBATION, PERTURBED_RUNS
+from dmq_export.commands.sampler import SampleSettings, draw_samples
+from dmq_export.commands.verify import DRIFT_FACTOR, PERTURBATION, PERTURBED_RUNS
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
@@ -29,7 +29,7 @@ from dmq_export.graph.compare import TOLERANCE, rms_ratio
 from dmq_export.graph.onnx_file import facts_of
 from engines.tensorrt.plan_file import Runtime
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = {"onnxruntime": "tiny_onnx", "openvino": "tiny_onnx", "torch": "tiny_checkpoint_folder"}
 SAMPLE = np.random.default_rng(0).standard_normal((2, 1, 8, 8), np.float32)
 LABELS = np.array([0, 2])
