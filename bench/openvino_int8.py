@@ -39,7 +39,7 @@ from dmq_export.common.table import table
 from dmq_export.graph.export import serialized
 from dmq_export.layer import QuantizedLayer
 from dmq_export.recipe import Recipe
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 CHANNELS = (128, 256, 256)
 Run = Callable[[], object]

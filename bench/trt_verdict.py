@@ -31,7 +31,7 @@ def shape_option(model: ir.Model, batch: int) -> str:
 def verdict(checkpoint_folder: Path, folder: Path) -> bool:
     """Compare with the portable graph; prints tables, returns whether the numbers and the kernels are as meant."""
     from dmq_export.checkpoint import load_checkpoint
-    from engines.ort import OnnxRuntimeDenoiser
+    from engines.onnxruntime import OnnxRuntimeDenoiser
     from engines.tensorrt.engine import TensorRtDenoiser
     from engines.tensorrt.plan_file import read_facts
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from engines.inputs import Input
+    from engines.onnxruntime import OnnxRuntimeDenoiser
     from engines.openvino import OpenVinoDenoiser
-    from engines.ort import OnnxRuntimeDenoiser
 
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "torch"]
 Denoise = Callable[..., NDArray[np.float32]]
@@ -163,7 +163,7 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVi
         from engines.openvino import OpenVinoDenoiser
 
         return OpenVinoDenoiser(path, threads=execution.threads)
-    from engines.ort import OnnxRuntimeDenoiser
+    from engines.onnxruntime import OnnxRuntimeDenoiser
 
     return OnnxRuntimeDenoiser(path, execution.provider or "cpu", threads=execution.threads)
 

@@ -138,7 +138,7 @@ def _make(folder: Path, name: str, seed: int, progress: Progress) -> tuple[Check
 
 def _agreement(samples: Samples) -> float:
     """Share of samples in which the classifier sees the digit asked for; labels cycle through 0..9."""
-    from engines.ort import OnnxSession
+    from engines.onnxruntime import OnnxSession
 
     classifier = OnnxSession(BUNDLED / MODEL / "classifier.onnx")
     (scores,) = classifier.run({"image": samples.clip(-1, 1)}).values()

@@ -144,10 +144,10 @@ def _executors(graph: ExportedGraph, runtimes: list[str]) -> list[Executor]:
 
 def _session(runtime: str) -> Callable[[Path | bytes], Session]:
     if runtime == OPENVINO:
-        from engines.openvino_session import OpenVinoSession
+        from engines.openvino import OpenVinoSession
 
         return OpenVinoSession
-    from engines.ort import OnnxSession
+    from engines.onnxruntime import OnnxSession
 
     return OnnxSession
 

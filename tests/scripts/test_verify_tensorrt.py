@@ -19,7 +19,7 @@ from qdq import conv_model
 
 from dmq_export.cli import main
 from dmq_export.graph.export import save_onnx
-from engines.ort import OnnxRuntimeDenoiser
+from engines.onnxruntime import OnnxRuntimeDenoiser
 from engines.tensorrt.summary import KernelSummary
 
 ROOT = Path(__file__).resolve().parents[2]

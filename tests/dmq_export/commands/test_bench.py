@@ -53,7 +53,7 @@ def test_the_figures_follow_from_the_durations(tiny_onnx: Path, monkeypatch: pyt
 def test_timesteps_take_turns(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     monkeypatch.setattr(
-        "engines.ort.OnnxRuntimeDenoiser.__call__", lambda self, sample, timestep, **rest: seen.append(timestep)
+        "engines.onnxruntime.OnnxRuntimeDenoiser.__call__", lambda self, sample, timestep, **rest: seen.append(timestep)
     )
     bench_engines([str(tiny_onnx)], BenchSettings(repeat=4, warm_up=1), QUIET)
     assert seen == [67, 67, 34, 1, 67]

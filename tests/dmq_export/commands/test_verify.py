@@ -206,7 +206,7 @@ def test_what_only_openvino_computes_otherwise_is_found_and_the_layer_named(
     for_openvino: ExportedGraph, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """A fault of its kernels, played by a changed answer."""
-    from engines.openvino_session import OpenVinoSession
+    from engines.openvino import OpenVinoSession
 
     run = OpenVinoSession.run
 

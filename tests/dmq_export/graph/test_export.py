@@ -24,7 +24,7 @@ from dmq_export.graph.compare import rms_ratio
 from dmq_export.graph.export import data_path, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.graph.node_builder import NodeBuilder
 from dmq_export.metadata import FACTS
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dmq_export.graph.lower import lower
 from dmq_export.graph.lowered_layer import LayerForm, LayerValues
 from dmq_export.graph.node_builder import NodeBuilder
 from dmq_export.layer import LayerSpec, QuantizedLayer
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 from engines.tensorrt.compiler import Compiled, Request, compile_onnx
 from engines.tensorrt.profile import ShapeRange
 

@@ -21,7 +21,7 @@ from dmq_export.graph.integer import lower_integer
 from dmq_export.graph.lower import lower
 from dmq_export.layer import QuantizedLayer
 from dmq_export.metadata import FACTS
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 FITTING = {name: spec for name, spec in SPECS.items() if spec.bits.weight < 8}
 HALF = 2e-3  # of the largest output: half precision's rounding of the weights, of the input and of sums

@@ -17,7 +17,7 @@ from dmq_export.graph.fold_rules import BlockedError, push_factor, reshaped
 from dmq_export.graph.lower import lower
 from dmq_export.graph.portable import lower_portable
 from dmq_export.layer import QuantizedLayer
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 Values = dict[str, ir.Value]
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from dmq_export.graph.lower import lower
 from dmq_export.graph.lowered_layer import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.target import Target
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 TARGETS: tuple[Target, ...] = ("tensorrt", "openvino")
 FITTING = {name: spec for name, spec in SPECS.items() if spec.bits.weight < 8}

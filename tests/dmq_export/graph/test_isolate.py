@@ -16,7 +16,7 @@ from dmq_export.graph.lower import lower
 from dmq_export.graph.lowered_layer import LayerForm, LayerValues, plain_form
 from dmq_export.graph.portable import lower_portable
 from dmq_export.layer import QuantizedLayer
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 Arrays = dict[str, np.ndarray]
 

@@ -13,7 +13,7 @@ from dmq_export.graph.export import serialized
 from dmq_export.graph.lower import lower
 from dmq_export.graph.portable import lower_portable
 from dmq_export.layer import LayerSpec, QuantizedLayer
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 
 def run_portable(layer: QuantizedLayer, x: np.ndarray, timestep: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from dmq_export.checkpoint import Checkpoint
 from dmq_export.commands.export import export_graph
 from dmq_export.graph.export import serialized
 from dmq_export.graph.simplify import RULES, fix_batch
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 
 def value(name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:

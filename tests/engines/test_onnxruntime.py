@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.ort import OnnxRuntimeDenoiser, OnnxSession
+from engines.onnxruntime import OnnxRuntimeDenoiser, OnnxSession
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dmq_export.errors import DmqError
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 pytest.importorskip("openvino")
-from engines.openvino_session import OpenVinoSession
+from engines.openvino import OpenVinoSession
 
 RNG = np.random.default_rng(0)
 INPUTS = {

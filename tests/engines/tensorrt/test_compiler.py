@@ -17,7 +17,7 @@ from engines.tensorrt.compiler import Compiled, Refusal, Request, compile_onnx
 from engines.tensorrt.profile import ShapeRange
 
 pytestmark = needs_rtx
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 BUILD = (
     "import sys; from pathlib import Path; from engines.tensorrt.compiler import Request, compile_onnx; "
     "print(compile_onnx(Request(Path(sys.argv[1]))))"

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.batching import in_pieces
 from engines.inputs import Input, batch_sizes
-from engines.pieces import in_pieces
 
 
 class Session(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.pieces import Array, in_pieces, pieces
+from engines.batching import Array, in_pieces, pieces
 
 
 @given(count=st.integers(1, 20), smallest=st.integers(1, 6), more=st.none() | st.integers(0, 6))

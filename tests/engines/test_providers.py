@@ -11,11 +11,11 @@ from nvidia import unpack_wheel
 
 from dmq_export.errors import DmqError
 from engines import providers
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 from engines.problem import Problem
 from engines.providers import PROVIDERS, provider_problem
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "cpu"])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.errors import DmqError
-from engines.graph_denoiser import GraphDenoiser
+from engines.denoiser import GraphDenoiser
 from engines.inputs import Input, checked_inputs, first_line
 from engines.providers import PROVIDERS, require_provider, start_session
 
