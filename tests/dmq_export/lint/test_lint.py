@@ -18,7 +18,7 @@ from dmq_export.cli import main
 from dmq_export.errors import CheckFailedError
 from dmq_export.lint import RULES, Finding, errors, findings_table, lint_model, require_buildable
 
-DOCUMENT = (Path(__file__).resolve().parents[1] / "docs/tensorrt.md").read_text()
+DOCUMENT = (Path(__file__).resolve().parents[3] / "docs/tensorrt.md").read_text()
 
 
 def by_rule(model: ir.Model) -> dict[str, list[Finding]]:
