@@ -32,16 +32,16 @@ from calib.model.load import SourceModel, load_model
 from calib.record.layer_inputs import LayerInputs
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.drawing import SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, float_engine
-from dmq_export.facts import facts_from_json, model_facts
+from dmq_export.commands.sampler import SampleSettings, draw_samples
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.layer import LayerSpec
-from dmq_export.progress import Progress
+from dmq_export.metadata import facts_from_json, model_facts
 from dmq_export.recipe import Recipe, recipe_from
-from dmq_export.table import table
-from engines.images import psnr
+from dmq_export.sampling.images import psnr
 
 NO_LABEL = 10
 PICTURES = 64

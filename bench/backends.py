@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from calib.model.denoiser import TorchDenoiser
 from calib.model.fake_quantized import load_fake_quantized, perturbed
 from dmq_export.checkpoint import load_checkpoint
-from dmq_export.commands.drawing import Arrays, SampleSettings, draw_samples, labels_conditioning
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
-from dmq_export.progress import Progress
-from dmq_export.table import table
+from dmq_export.commands.sampler import Arrays, SampleSettings, draw_samples, labels_conditioning
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 
 Array = NDArray[np.float32]
 CPU = torch.device("cpu")

@@ -18,12 +18,12 @@ from calib.model.layers import select_layers
 from calib.model.load import load_model
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
-from dmq_export.commands.onnx import export_graph
-from dmq_export.commands.verification import Verification, verify
-from dmq_export.progress import Progress
+from dmq_export.commands.export import export_graph
+from dmq_export.commands.verify import Verification, verify
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.recipe import Rounding, recipe_from
-from dmq_export.table import table
 
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq")
 

@@ -130,8 +130,8 @@ def export(folder: Path, output: Path) -> dict[str, float]:
     import diffusers.models.unets  # noqa: F401
     import torch.onnx  # noqa: F401
 
-    from dmq_export.commands.onnx import export_onnx
-    from dmq_export.progress import Progress
+    from dmq_export.commands.export import export_onnx
+    from dmq_export.common.progress import Progress
 
     before, start = _peak(), time.perf_counter()
     export_onnx(folder, output, Progress(show=False), verify=False)

@@ -23,8 +23,8 @@ from typing import Any
 
 from random_unet import LDM_4, SD_1, save_prompts, save_text_unet, save_unet
 
+from dmq_export.common.table import table
 from dmq_export.recipe import PRESETS, Preset
-from dmq_export.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, GUIDANCE = 128, 7.5

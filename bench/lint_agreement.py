@@ -1,7 +1,7 @@
 """Whether lint says what TensorRT-RTX's compiler says; needs tensorrt-rtx, no GPU.
 
     python bench/lint_agreement.py graphs [FILE...]   # the table of docs/lint.md: tests/graphs, or these files
-    python bench/lint_agreement.py rules              # every graph of tests/lint_cases.py
+    python bench/lint_agreement.py rules              # every graph of tests/support/lint_cases.py
 
 Exit status 1 where they disagree.
 """
@@ -19,8 +19,8 @@ import onnx_ir as ir
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dmq_export.commands.lint import Lint, lint_file
+from dmq_export.common.table import table
 from dmq_export.lint import LintTarget, errors
-from dmq_export.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def graph_rows(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], bool]]:
 
 def rule_rows() -> Iterator[tuple[tuple[str, ...], bool]]:
     """A row for each graph of the tests on which rules and compiler disagree."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     cases = import_module("lint_cases")
     with tempfile.TemporaryDirectory() as folder:
         for case in (*cases.BROKEN, *cases.NEAR):

@@ -24,7 +24,7 @@ from typing import Any
 
 from random_unet import LDM_4, SMALL_LDM, save_unet
 
-from dmq_export.memory import in_words
+from dmq_export.common.memory import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["--samples=2", "--steps=2", "--les-iters=10", "--pts-layers=skip", "--json"]

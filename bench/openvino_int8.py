@@ -33,13 +33,13 @@ from calib.model.trace import trace_network
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.onnx import export_graph
-from dmq_export.export import serialized
+from dmq_export.commands.export import export_graph
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
+from dmq_export.graph.export import serialized
 from dmq_export.layer import QuantizedLayer
-from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
-from dmq_export.table import table
-from engines.ort import OnnxSession
+from engines.onnxruntime import OnnxSession
 
 CHANNELS = (128, 256, 256)
 Run = Callable[[], object]

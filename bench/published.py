@@ -48,14 +48,14 @@ from calib.record.trajectories import SamplerSettings, Trajectories, record_traj
 from calib.run.evaluate import prediction_sqnr
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
-from dmq_export.noise import initial_noise
-from dmq_export.progress import Progress
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
+from dmq_export.common.seeds import stream_seed
+from dmq_export.common.table import table
 from dmq_export.recipe import Recipe, recipe_from
-from dmq_export.sampling import sample
-from dmq_export.seeds import stream_seed
-from dmq_export.table import table
-from engines.images import psnr
+from dmq_export.sampling.images import psnr
+from dmq_export.sampling.loop import sample
+from dmq_export.sampling.noise import initial_noise
 
 NULL_LABEL = 10
 PICTURES = 32

@@ -32,11 +32,11 @@ from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint, load_checkpoint
 from dmq_export.cli import main as dmq_export
 from dmq_export.commands.trt_build import integer_nodes
-from dmq_export.commands.verification import verify as verify_graph
-from dmq_export.export import lower_graph, save_onnx
-from dmq_export.onnx_file import input_sizes, load_onnx
-from dmq_export.progress import Progress
-from dmq_export.table import table
+from dmq_export.commands.verify import verify as verify_graph
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
+from dmq_export.graph.export import lower_graph, save_onnx
+from dmq_export.graph.onnx_file import input_sizes, load_onnx
 from dmq_export.target import FloatType
 from engines.tensorrt.compiler import Refusal, Request, compile_onnx
 from engines.tensorrt.profile import ShapeRange

@@ -23,13 +23,13 @@ from unittest.mock import patch
 
 import diffusers
 
-from dmq_export.commands.drawing import Conditioning, SampleSettings, draw_samples
 from dmq_export.commands.engine import Engine, Execution, open_engine
-from dmq_export.conditioning import made_up
-from dmq_export.progress import Progress
-from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.table import table
-from engines.ddim import Ddim
+from dmq_export.commands.sampler import Conditioning, SampleSettings, draw_samples
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
+from dmq_export.denoiser.conditioning import made_up
+from dmq_export.sampling.ddim import Ddim
+from dmq_export.sampling.names import SCHEDULERS
 
 CLOCKS = (time.perf_counter, time.thread_time)
 COLUMNS = ("us per step", "scheduler's", "overhead")

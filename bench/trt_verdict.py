@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
-from dmq_export.onnx_file import input_sizes, load_onnx
-from dmq_export.table import table
-from dmq_export.verify import rms_ratio
+from dmq_export.graph.compare import rms_ratio
+from dmq_export.graph.onnx_file import input_sizes, load_onnx
 
 
 def shape_option(model: ir.Model, batch: int) -> str:
@@ -31,7 +31,7 @@ def shape_option(model: ir.Model, batch: int) -> str:
 def verdict(checkpoint_folder: Path, folder: Path) -> bool:
     """Compare with the portable graph; prints tables, returns whether the numbers and the kernels are as meant."""
     from dmq_export.checkpoint import load_checkpoint
-    from engines.ort import OnnxRuntimeDenoiser
+    from engines.onnxruntime import OnnxRuntimeDenoiser
     from engines.tensorrt.engine import TensorRtDenoiser
     from engines.tensorrt.plan_file import read_facts
 
@@ -58,8 +58,8 @@ def main() -> None:
     if command == "shapes":
         print(shape_option(load_onnx(Path(arguments[0])), int(arguments[1])))
     elif command == "float16":
-        from dmq_export.export import save_onnx
-        from dmq_export.float_twin import float_twin
+        from dmq_export.graph.export import save_onnx
+        from dmq_export.graph.float_twin import float_twin
 
         save_onnx(float_twin(load_onnx(Path(arguments[0]))), Path(arguments[1]))
     elif command == "verdict":

@@ -27,9 +27,9 @@ from calib.run.plan import CalibrationPlan, Resources, make_plan
 from calib.run.processes import ProcessGroup, process_group
 from dmq_export import __version__
 from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
+from dmq_export.common.memory import peak_memory, peaks
+from dmq_export.common.progress import Progress
 from dmq_export.errors import ModelError
-from dmq_export.memory import peak_memory, peaks
-from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
 
 BATCH = "samples per evaluation"  # in the fingerprint: kernels add in another order for another batch

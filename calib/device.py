@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from dmq_export.common.memory import available_memory, current_memory, in_words, peak_memory
 from dmq_export.errors import DmqError
-from dmq_export.memory import available_memory, current_memory, in_words, peak_memory
 
 FLOAT_BYTES = torch.float32.itemsize
 CUBLAS_CONFIG = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add in another order every time

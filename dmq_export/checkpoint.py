@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.bits import Bits
+from dmq_export.common.files import atomic_folder, read_json, require_free, sha256
 from dmq_export.coverage import Coverage, FloatLayer
 from dmq_export.errors import CheckpointError, DmqError
-from dmq_export.files import atomic_folder, read_json, require_free, sha256
-from dmq_export.int4 import pack_nibbles, unpack_nibbles
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 SCHEMA = 1
@@ -263,3 +262,31 @@ def _layers(specs: list[LayerSpec], tensors: Tensors) -> tuple[QuantizedLayer, .
 
 def _below(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``[n]`` codes in 0..15 to ``[ceil(n / 2)]`` bytes, the first in the low nibble, as ONNX and TensorRT have it.
+
+    An odd count is padded with a zero nibble.
+
+    Raises:
+        ValueError: a code does not fit four bits.
+    """
+    flat = codes.ravel()
+    if flat.size and flat.max() > 15:
+        raise ValueError(f"code {flat.max()} does not fit four bits")
+    padded = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return (padded[0::2] | padded[1::2] << 4).astype(np.uint8)
+
+
+def unpack_nibbles(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The inverse of :func:`pack_nibbles` for codes of ``shape``.
+
+    Raises:
+        ValueError: the byte count is not that of ``shape``.
+    """
+    count = int(np.prod(shape))
+    if packed.shape != ((count + 1) // 2,):
+        raise ValueError(f"{packed.shape} bytes cannot hold codes of shape {shape}")
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).ravel()
+    return nibbles[:count].reshape(shape)

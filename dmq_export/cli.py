@@ -10,7 +10,7 @@ import click
 
 from dmq_export import __version__
 from dmq_export.batch import Batch
-from dmq_export.commands.options import (
+from dmq_export.cli_options import (
     FOLDER,
     BatchSizes,
     BitWidths,
@@ -26,11 +26,11 @@ from dmq_export.commands.options import (
     seed_option,
     threads_option,
 )
+from dmq_export.common.extras import EXTRAS, install
 from dmq_export.errors import DmqError, StoppedError
-from dmq_export.extras import EXTRAS, install
 from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.names import SCHEDULERS
 from dmq_export.target import FloatType, Target, usual_type
 from engines.tensorrt.plan_file import HardwareCompatibility, RuntimeChoice
 
@@ -279,8 +279,8 @@ def onnx(
     dmq-export onnx ckpt -o model.onnx
     dmq-export onnx ckpt -o int8.onnx --target tensorrt --batch 2
     """
-    from dmq_export.commands.onnx import export_onnx
-    from dmq_export.progress import Progress
+    from dmq_export.commands.export import export_onnx
+    from dmq_export.common.progress import Progress
 
     choices = {"target": target, "dtype": dtype or usual_type(target), "batch": batch}
     export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
@@ -411,7 +411,7 @@ def trt_build(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from dmq_export.commands.trt_build import Order, build_engine
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
     from engines.tensorrt.build import BuildSettings
     from engines.tensorrt.capability import parse_capabilities
     from engines.tensorrt.profile import parse_shapes
@@ -482,11 +482,11 @@ def sample(
     **settings: Any,
 ) -> None:
     """Draw pictures from ENGINE: a .plan, an ONNX file, or a checkpoint folder (the PyTorch reference)."""
-    from dmq_export.commands.drawing import SampleSettings
     from dmq_export.commands.engine import Execution
     from dmq_export.commands.prompts import Prompting
     from dmq_export.commands.sample import Outputs, sample_engine
-    from dmq_export.progress import Progress
+    from dmq_export.commands.sampler import SampleSettings
+    from dmq_export.common.progress import Progress
 
     outputs = Outputs(picture, npz, reference, pipeline)
     execution = Execution(backend, provider, threads)
@@ -528,7 +528,7 @@ def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **sett
     dmq-export bench onnxruntime:model.onnx openvino:model.onnx --reference digits
     """
     from dmq_export.commands.bench import BenchSettings, bench_engines
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     result = bench_engines(engines, BenchSettings(**settings), Progress(), reference)
     click.echo(json.dumps(asdict(result), indent=1) if as_json else result.text())
@@ -559,7 +559,7 @@ def doctor(as_json: bool) -> None:
 def quickstart(output: Path, count: int, seed: int, as_json: bool) -> None:
     """Calibrate, export, sample and compile the bundled model at W4A8 and W4A6, and compare."""
     from dmq_export.commands.quickstart import quickstart as run
-    from dmq_export.progress import Progress
+    from dmq_export.common.progress import Progress
 
     result = run(output, Progress(), count=count, seed=seed)
     click.echo(json.dumps(asdict(result), indent=1, default=str) if as_json else result.text())

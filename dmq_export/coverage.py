@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmq_export.bits import Bits
+from dmq_export.common.table import table
 from dmq_export.layer import LayerSpec
-from dmq_export.table import table
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from dmq_export.bits import Bits
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
 from dmq_export.layer import Scheme
 

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dmq_export.bundled import BUNDLED
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.extras import install
 from dmq_export.errors import DmqError
-from dmq_export.extras import install
 from engines.inputs import first_line
 from engines.nvidia_driver import driver_problem
 from engines.problem import Problem

@@ -12,13 +12,13 @@ if not torch.cuda.is_available():
 
 from models import TINY_RECIPE, save_tiny_model
 
-import dmq_export.progress
+import dmq_export.common.progress
 from calib.calibrate import calibrate
 from calib.run.plan import Resources
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import load_checkpoint
-from dmq_export.commands.onnx import export_onnx
-from dmq_export.progress import Progress
+from dmq_export.commands.export import export_onnx
+from dmq_export.common.progress import Progress
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 @pytest.fixture(autouse=True)
 def _a_slow_machine_says_no_more_than_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds in ("LINE_SECONDS", "SHORT"):
-        monkeypatch.setattr(dmq_export.progress, seconds, math.inf)
+        monkeypatch.setattr(dmq_export.common.progress, seconds, math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from calib.model.network import replace_modules
 from calib.quant.fake_quant import QParams
 from calib.quant.patches import apply_op, scaled_weight, tau_columns, weight_columns, weight_matrix, weight_of
 from calib.record.block_inputs import BlockInputs, whole_output
+from dmq_export.common.seeds import stream_seed
 from dmq_export.layer import QuantizedLayer
-from dmq_export.seeds import stream_seed
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # of the rectified sigmoid
 REGULARIZER = 0.01

@@ -19,9 +19,9 @@ from calib.quant.fake_quant import QParams, choose_qparams
 from calib.quant.patches import dequantized_weight, product, scaled_weight, weight_matrix
 from calib.record.layer_inputs import LayerInputs, capture_bytes, columns_of, patch_rows
 from calib.record.work_folder import WorkFolder
+from dmq_export.common.seeds import stream_seed
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.recipe import Recipe
-from dmq_export.seeds import stream_seed
 
 EVALUATED_NUMBERS = 2**22  # of the patches, which clipping and the report evaluate the layer on
 EVALUATED_OUTPUTS = 128  # channels, likewise

@@ -13,7 +13,7 @@ from calib.model.network import build_network, predict, replace_modules
 from calib.quant.fake_quant import QParams, dequantize, quantize
 from calib.quant.patches import apply_op, dequantized_weight, expand_parts, scaled_weight
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.form import LayerValues
+from dmq_export.graph.lowered_layer import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmq_export.arguments import TEXT_LENGTH, arguments
+from dmq_export.denoiser.arguments import TEXT_LENGTH, arguments
 
 TIME_AND_LABEL_LAYERS = (
     "time_embedding.*",

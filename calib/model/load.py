@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.model.families import ModelFamily, family_of
+from dmq_export.common.files import read_json, sha256
+from dmq_export.denoiser.config import FLUX, sample_shape
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.files import read_json, sha256
-from dmq_export.signature import FLUX, sample_shape
 
 DENOISER_FOLDERS = ("unet", "transformer")
 FLUX_SAMPLE_SIZE = 128  # latents of 1024x1024 pixels

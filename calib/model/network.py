@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dmq_export.arguments import nested, timestep_unit
 from dmq_export.checkpoint import Checkpoint
+from dmq_export.denoiser.arguments import nested, timestep_unit
+from dmq_export.denoiser.config import FLUX
 from dmq_export.errors import CheckpointError
-from dmq_export.signature import FLUX
 
 
 def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -22,7 +22,7 @@ def predict(network: nn.Module, sample: Tensor, timestep: Tensor, conditioning: 
     Args:
         sample: ``[N, ...]``.
         timestep: the scheduler's, ``[]`` or ``[N]``.
-        conditioning: the flat mapping of :mod:`dmq_export.arguments`, each ``[N, ...]``.
+        conditioning: the flat mapping of :mod:`dmq_export.denoiser.arguments`, each ``[N, ...]``.
 
     Returns:
         The prediction ``[N, ...]``.

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from dmq_export.common.extras import require
+from dmq_export.denoiser.config import FLUX, image_tokens
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
-from dmq_export.scheduler_names import SCHEDULERS
-from dmq_export.signature import FLUX, image_tokens
+from dmq_export.sampling.names import SCHEDULERS
 
 FLOW = "FlowMatch"  # how the names of such schedulers start
 FLOW_MODELS = ("SD3Transformer2DModel", FLUX)

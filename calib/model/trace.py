@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from calib.model.network import build_network, predict
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import ExportError
+from dmq_export.graph.marker import BATCH, DOMAIN, OPSET, OUTPUT
 from dmq_export.layer import LayerSpec
-from dmq_export.marker import BATCH, DOMAIN, OPSET, OUTPUT
 
 
 def trace_network(checkpoint: Checkpoint) -> ir.Model:

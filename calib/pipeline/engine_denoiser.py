@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.model.load import DENOISER_FOLDERS, reason
-from dmq_export.arguments import flat, timestep_unit
+from dmq_export.common.extras import require
+from dmq_export.denoiser.arguments import flat, timestep_unit
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.extras import require
-from dmq_export.signature import sample_shape
 
 INDEX = "model_index.json"
 POSITIONS = ("img_ids", "txt_ids")  # an engine knows where its tokens lie

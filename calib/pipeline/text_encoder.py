@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from calib.device import reproducible
 from calib.model.load import read_config, reason
 from calib.pipeline.engine_denoiser import EngineDenoiser, build_pipeline, denoiser_name
-from dmq_export.arguments import GUIDANCE, LABELS, arguments
-from dmq_export.embeddings import Arrays, Embeddings, fitted
+from dmq_export.denoiser.arguments import GUIDANCE, LABELS, arguments
+from dmq_export.denoiser.embeddings import Arrays, Embeddings, fitted
 from dmq_export.errors import ModelError
 
 BATCH = 16  # prompts that are encoded together

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.model.load import reason
+from dmq_export.common.files import read_json
+from dmq_export.denoiser.config import FLUX_PATCH
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.files import read_json
-from dmq_export.signature import FLUX_PATCH
 
 CPU = torch.device("cpu")
 DECODER_FOLDERS = ("vae", "vqvae")

@@ -1,7 +1,7 @@
 """Affine quantization on torch tensors: pure functions, all shapes broadcast.
 
 ``q = clip(round(x / scale) + zero_point, 0, 2^bits - 1)``, ``x^ = scale * (q - zero_point)``; rounding is half to
-even. The independent NumPy statement of the same arithmetic is ``tests/reference.py``.
+even. The independent NumPy statement of the same arithmetic is ``tests/support/oracle.py``.
 """
 
 from typing import NamedTuple

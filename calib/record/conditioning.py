@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calib.model.load import SourceModel
-from dmq_export.conditioning import Asked, told
+from dmq_export.denoiser.conditioning import Asked, told
 from dmq_export.recipe import Recipe
 
 

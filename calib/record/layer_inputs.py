@@ -22,8 +22,8 @@ from calib.quant.second_moments import SecondMoments
 from calib.record.row_writer import RowWriter
 from calib.record.trajectories import SetSize, Trajectories
 from calib.record.work_folder import WorkFolder
+from dmq_export.common.seeds import stream_seed
 from dmq_export.layer import LayerSpec
-from dmq_export.seeds import stream_seed
 
 GROUP = 16  # rows that share one extremum; ranges average over groups
 FEWEST_ROWS, MOST_ROWS = 4096, 8192

@@ -19,9 +19,9 @@ from calib.model.load import SourceModel
 from calib.model.network import predict
 from calib.model.schedulers import build_scheduler, step_options
 from calib.record.conditioning import Conditioning
-from dmq_export.noise import initial_noise
-from dmq_export.sampling import Evaluation, Guidance, sample
-from dmq_export.seeds import stream_seed
+from dmq_export.common.seeds import stream_seed
+from dmq_export.sampling.loop import Evaluation, Guidance, sample
+from dmq_export.sampling.noise import initial_noise
 
 CONDITIONING = "conditioning/"
 
@@ -31,7 +31,7 @@ class SamplerSettings:
     """How trajectories are drawn.
 
     Attributes:
-        scheduler: a name of :data:`dmq_export.scheduler_names.SCHEDULERS`, or None for the model's own.
+        scheduler: a name of :data:`dmq_export.sampling.names.SCHEDULERS`, or None for the model's own.
         steps: of the scheduler.
         eta: DDIM's noise share; the paper's unconditional and class-conditional results used 1.
         guidance_scale: classifier-free guidance, or None for none.

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmq_export.common.files import make_folder, read_json
 from dmq_export.errors import DmqError
-from dmq_export.files import make_folder, read_json
 
 FINGERPRINT, LOCK, RAW = "fingerprint.json", "lock", "raw"
 

@@ -16,7 +16,7 @@ from calib.model.load import SourceModel
 from calib.record.work_folder import WorkFolder
 from calib.run.plan import CalibrationPlan
 from calib.run.processes import ProcessGroup
-from dmq_export.progress import Advance, Progress
+from dmq_export.common.progress import Advance, Progress
 from dmq_export.recipe import Recipe
 
 

@@ -18,11 +18,11 @@ from calib.record.layer_inputs import capture_bytes
 from calib.record.work_folder import WorkFolder
 from calib.run.memory_estimate import WORKER_BYTES, estimate_memory
 from calib.run.time_estimate import CAPTURED, evaluation_seconds, fit_seconds, stage_seconds
+from dmq_export.common.memory import in_words
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
 from dmq_export.layer import LayerSpec
-from dmq_export.memory import in_words
 from dmq_export.recipe import Recipe
-from dmq_export.table import table
 
 BATCHES = (16, 8, 4, 2, 1)
 WORTH_WORKERS = 15.0  # seconds of fits below which starting processes does not pay

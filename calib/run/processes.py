@@ -13,8 +13,8 @@ from typing import TypeVar, cast
 
 from torch import distributed
 
+from dmq_export.common.distributed import Rank
 from dmq_export.errors import DmqError
-from dmq_export.rank import Rank
 
 T = TypeVar("T")
 LONGEST_STAGE = timedelta(days=7)  # torchrun ends the others when one process fails; waiting is no failure

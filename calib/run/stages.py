@@ -30,9 +30,9 @@ from calib.run.evaluate import VARIANTS, sqnr_by_step
 from calib.run.plan import ScalingGroup
 from calib.run.workers import FitTask, run_tasks
 from dmq_export.bits import Bits
+from dmq_export.common.progress import Advance
+from dmq_export.common.seeds import stream_seed
 from dmq_export.layer import LayerSpec, QuantizedLayer
-from dmq_export.progress import Advance
-from dmq_export.seeds import stream_seed
 
 
 def record(run: RunContext, name: str, count: int, *, held_out: bool = False) -> Trajectories:

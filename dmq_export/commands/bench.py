@@ -5,21 +5,22 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dmq_export.arguments import LABELS, arguments
+import numpy as np
+
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
-from dmq_export.conditioning import made_up
+from dmq_export.common.memory import current_memory
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
+from dmq_export.denoiser.arguments import LABELS, arguments
+from dmq_export.denoiser.conditioning import made_up
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.latency import Latency, measure_interleaved
-from dmq_export.memory import current_memory
-from dmq_export.noise import initial_noise
-from dmq_export.progress import Progress
-from dmq_export.signature import sample_shape
-from dmq_export.table import table
+from dmq_export.sampling.noise import initial_noise
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class BenchSettings:
     repeat: int = 50
     warm_up: int = 3
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Durations of repeated calls, in seconds, in the order of measurement."""
+
+    seconds: tuple[float, ...]
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that ``percent`` of the calls do not exceed; between two calls interpolated."""
+        return float(np.percentile(self.seconds, percent))
 
 
 @dataclass(frozen=True)
@@ -204,3 +216,23 @@ def _timing(one: _Contestant, latency: Latency, baseline: float, steps: int) -> 
         images_per_second=one.batch / (p50 * steps),
         ratio=baseline / p50,
     )
+
+
+def measure_interleaved(
+    calls: Mapping[str, Callable[[int], object]], repeat: int, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, Latency]:
+    """Call each of ``calls`` once per round with the round's number, for ``repeat`` rounds.
+
+    Whatever else the machine does meets all of them alike, and the order rotates, so that none always runs in
+    the caches its predecessor left.
+    """
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(repeat):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            calls[name](round_number)
+            seconds[name].append(time.perf_counter() - start)
+            advance(1)
+    return {name: Latency(tuple(taken)) for name, taken in seconds.items()}

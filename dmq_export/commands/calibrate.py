@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import RUN, Checkpoint, require_place
 from dmq_export.commands.prompts import NO_TEXT, Prompting
+from dmq_export.common.bundled import model_folder
+from dmq_export.common.distributed import Rank
+from dmq_export.common.files import read_json
+from dmq_export.common.memory import in_words
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError, StoppedError
-from dmq_export.files import read_json
-from dmq_export.memory import in_words
-from dmq_export.progress import Progress
-from dmq_export.rank import Rank
 from dmq_export.recipe import Recipe
-from dmq_export.table import table
 
 if TYPE_CHECKING:
     from calib.run.plan import CalibrationPlan, Resources

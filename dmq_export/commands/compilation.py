@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir as ir
 
 from dmq_export.errors import DmqError
+from dmq_export.graph.onnx_file import input_sizes
 from dmq_export.lint import Finding, LintTarget, errors
 from dmq_export.lint.cut import cut_constant, cut_node, name_nodes
 from dmq_export.lint.linter import name_of
 from dmq_export.lint.products import products
 from dmq_export.lint.view import QdqGraph, with_types
-from dmq_export.onnx_file import input_sizes
 
 if TYPE_CHECKING:
     from engines.tensorrt.compiler import NodeError

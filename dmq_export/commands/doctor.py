@@ -13,8 +13,8 @@ from pathlib import Path
 from textwrap import wrap
 
 from dmq_export import __version__
-from dmq_export.extras import install
-from dmq_export.table import table
+from dmq_export.common.extras import install
+from dmq_export.common.table import table
 
 INTEGER_KERNELS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8")  # CPU flags that int8 convolutions profit from
 WIDTH = 100  # of a line

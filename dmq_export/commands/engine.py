@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.bundled import model_folder
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
 from dmq_export.checkpoint import load_checkpoint
+from dmq_export.common.bundled import model_folder
+from dmq_export.common.extras import install
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.extras import install
-from dmq_export.facts import Facts, facts_from_json, model_facts, read_facts
-from dmq_export.signature import sample_shape
+from dmq_export.metadata import Facts, facts_from_json, model_facts, read_facts
 
 if TYPE_CHECKING:
     import torch
 
     from engines.inputs import Input
+    from engines.onnxruntime import OnnxRuntimeDenoiser
     from engines.openvino import OpenVinoDenoiser
-    from engines.ort import OnnxRuntimeDenoiser
 
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "torch"]
 Denoise = Callable[..., NDArray[np.float32]]
@@ -144,7 +144,7 @@ def _torch_device(provider: str | None) -> torch.device:
 
 
 def _open_onnx(path: Path, execution: Execution) -> Engine:
-    from engines.onnx_metadata import onnx_metadata
+    from dmq_export.graph.onnx_metadata import onnx_metadata
 
     facts = read_facts(onnx_metadata(path), path)
     made_for_openvino = facts.target == "openvino"
@@ -163,7 +163,7 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVi
         from engines.openvino import OpenVinoDenoiser
 
         return OpenVinoDenoiser(path, threads=execution.threads)
-    from engines.ort import OnnxRuntimeDenoiser
+    from engines.onnxruntime import OnnxRuntimeDenoiser
 
     return OnnxRuntimeDenoiser(path, execution.provider or "cpu", threads=execution.threads)
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmq_export.common.memory import in_words
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
-from dmq_export.inspection import CheckpointSummary, OnnxSummary, inspect_checkpoint, inspect_onnx
-from dmq_export.memory import in_words
-from dmq_export.table import table
+from dmq_export.summary import CheckpointSummary, OnnxSummary, inspect_checkpoint, inspect_onnx
 
 if TYPE_CHECKING:
     from engines.tensorrt.plan_file import PlanFacts

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmq_export.graph.onnx_file import load_onnx
 from dmq_export.lint import Finding, LintTarget, errors, findings_table, lint_model
 from dmq_export.lint.finding import SEVERITIES
-from dmq_export.onnx_file import load_onnx
 
 if TYPE_CHECKING:
     from dmq_export.commands.compilation import Compilation

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from calib.model.schedulers import build_scheduler
-from dmq_export.arguments import arguments
-from dmq_export.bundled import model_folder
 from dmq_export.commands.engine import Execution, open_engine
+from dmq_export.common.bundled import model_folder
+from dmq_export.common.extras import require
+from dmq_export.denoiser.arguments import arguments
+from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
-from dmq_export.facts import Facts
-from dmq_export.mismatch import mismatches
-from dmq_export.signature import sample_shape
+from dmq_export.metadata import Facts
+from dmq_export.sampling.deviations import mismatches
 
 
 def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | None = None) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmq_export.embeddings import Embeddings, load_embeddings
+from dmq_export.common.progress import Progress
+from dmq_export.denoiser.embeddings import Embeddings, load_embeddings
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Prompting:
     Attributes:
         prompts: themselves.
         file: of prompts, one per line.
-        embeddings: an ``.npz`` file, see :func:`dmq_export.embeddings.load_embeddings`.
+        embeddings: an ``.npz`` file, see :func:`dmq_export.denoiser.embeddings.load_embeddings`.
 
     Raises:
         DmqError: more than one is given.

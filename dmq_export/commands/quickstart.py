@@ -11,19 +11,19 @@ import numpy as np
 
 from dmq_export.batch import Batch
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import Checkpoint
-from dmq_export.commands.drawing import Samples, SampleSettings, draw_samples
 from dmq_export.commands.engine import float_engine, open_engine
-from dmq_export.commands.onnx import Export, export_onnx
+from dmq_export.commands.export import Export, export_onnx
+from dmq_export.commands.sampler import Samples, SampleSettings, draw_samples
 from dmq_export.commands.trt_build import Order, build_engine
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.extras import require
+from dmq_export.common.files import make_folder
+from dmq_export.common.memory import peak_memory
+from dmq_export.common.progress import Progress
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
-from dmq_export.files import make_folder
-from dmq_export.memory import peak_memory
-from dmq_export.progress import Progress
 from dmq_export.recipe import recipe_from
-from dmq_export.table import table
 
 if TYPE_CHECKING:
     from engines.tensorrt.summary import KernelSummary
@@ -123,7 +123,7 @@ def quickstart(folder: Path, progress: Progress, *, count: int = 400, seed: int 
     Raises:
         DmqError: a library is missing, or the folder cannot be written.
     """
-    from engines.images import psnr, save_grid
+    from dmq_export.sampling.images import psnr, save_grid
 
     require("quickstart", "torch", "diffusers", "onnxscript", "onnxruntime")
     make_folder(folder)
@@ -185,7 +185,7 @@ def _engines(folder: Path, stages: Mapping[str, Progress]) -> tuple[dict[str, Ke
 
 def _agreement(samples: Samples) -> float:
     """Share of samples in which the classifier sees the digit asked for; labels cycle through 0..9."""
-    from engines.ort import OnnxSession
+    from engines.onnxruntime import OnnxSession
 
     classifier = OnnxSession(BUNDLED / MODEL / "classifier.onnx")
     (scores,) = classifier.run({"image": samples.clip(-1, 1)}).values()

@@ -13,7 +13,10 @@ import numpy as np
 
 from dmq_export import __version__
 from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
-from dmq_export.commands.drawing import (
+from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
+from dmq_export.commands.pictures import Paint, painter
+from dmq_export.commands.prompts import NO_TEXT, Prompting
+from dmq_export.commands.sampler import (
     Conditioning,
     Samples,
     SampleSettings,
@@ -21,15 +24,12 @@ from dmq_export.commands.drawing import (
     draw_batches,
     sampler_for,
 )
-from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
-from dmq_export.commands.painting import Paint, painter
-from dmq_export.commands.prompts import NO_TEXT, Prompting
+from dmq_export.common.distributed import Rank
+from dmq_export.common.files import require_file, sha256
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.files import require_file, sha256
-from dmq_export.mismatch import mismatches
-from dmq_export.progress import Progress
-from dmq_export.rank import Rank
-from dmq_export.shards import SampleShards
+from dmq_export.sampling.deviations import mismatches
+from dmq_export.sampling.npz_shards import SampleShards
 
 SHOWN = 100  # samples in a picture at most
 
@@ -153,7 +153,7 @@ def _checked(
     engine: Engine, settings: SampleSettings, conditioning: Conditioning, batches: list[range], progress: Progress
 ) -> Iterator[Samples]:
     """The samples of each batch, refused where nothing was drawn."""
-    from engines.images import require_drawn
+    from dmq_export.sampling.images import require_drawn
 
     drawn = draw_batches(engine, settings, conditioning, batches, progress)
     for indices, samples in zip(batches, drawn, strict=True):
@@ -203,7 +203,7 @@ def _show(
     name: str, batches: Iterable[Samples], others: Iterable[Samples] | None, picture: Path | None, paint: Paint | None
 ) -> float | None:
     """Write the picture, one batch in memory at a time; PSNR against ``others`` in dB, or None without."""
-    from engines.images import psnr, save_grid
+    from dmq_export.sampling.images import psnr, save_grid
 
     if picture is None and others is None:
         return None

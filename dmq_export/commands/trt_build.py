@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from dmq_export.batch import Batch
+from dmq_export.common.files import require_file, require_room
+from dmq_export.common.memory import in_words
+from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
-from dmq_export.files import require_file, require_room
-from dmq_export.float_twin import float_twin
+from dmq_export.graph.float_twin import float_twin
+from dmq_export.graph.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
 from dmq_export.lint import lint_model, require_buildable
 from dmq_export.lint.view import QdqGraph
-from dmq_export.memory import in_words
-from dmq_export.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
-from dmq_export.progress import Progress
 
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuildSettings, Plan, Source

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dmq_export.table import table
+from dmq_export.common.table import table
 
 if TYPE_CHECKING:
     import onnx_ir as ir

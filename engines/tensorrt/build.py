@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmq_export import __version__
+from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
-from dmq_export.files import sha256
 from engines.tensorrt.inspector import EngineLayers, engine_layers
 from engines.tensorrt.log import explain
 from engines.tensorrt.plan_file import HardwareCompatibility, Machine, PlanFacts

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dmq_export.common.extras import require
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
 from engines.tensorrt.layer_table import LayerTable, read_layer_table
 from engines.tensorrt.log import NOISE, REPORT, explain
 from engines.tensorrt.profile import ShapeRange

@@ -1,8 +1,8 @@
 """A plan as an engine, in TensorRT or TensorRT-RTX.
 
 No machine of ours has the GPU this needs, so nothing behind the checks has been run; every name and argument it uses is
-checked against NVIDIA's bindings (``tests/test_tensorrt_api.py``), and ``scripts/verify_tensorrt.sh`` runs it where it
-can.
+checked against NVIDIA's bindings (``tests/engines/tensorrt/test_tensorrt_api.py``), and ``scripts/verify_tensorrt.sh``
+runs it where it can.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
-from dmq_export.files import sha256
+from engines.batching import in_pieces
 from engines.inputs import Input
-from engines.pieces import in_pieces
 from engines.tensorrt.cuda import Buffer, Stream
 from engines.tensorrt.environment import require_runtime
 from engines.tensorrt.log import explain

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from dmq_export.common.extras import install
 from dmq_export.errors import DmqError
-from dmq_export.extras import install
 from engines.nvidia_driver import driver_problem
 from engines.problem import Problem
 from engines.tensorrt.plan_file import RUNTIME_NAMES, Machine, Runtime, this_platform

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmq_export.common.table import table
 from dmq_export.errors import DmqError
-from dmq_export.table import table
 from engines.tensorrt.log import node_names
 
 TYPES = (  # in the order in which they are looked for, because "float16" is in "bfloat16"

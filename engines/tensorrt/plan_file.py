@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dmq_export.common.files import atomic_files, read_json
 from dmq_export.errors import DmqError
-from dmq_export.files import atomic_files, read_json
 from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.summary import KernelSummary
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from dmq_export import __version__
+from dmq_export.common.extras import require
+from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
-from dmq_export.extras import require
-from dmq_export.files import sha256
 from engines.tensorrt.build import Plan, Source
 from engines.tensorrt.capability import runs_on, written
 from engines.tensorrt.compiler import Capability, Compiled, Refusal, Request, compile_onnx

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmq_export.common.files import atomic_file
 from dmq_export.errors import DmqError
-from dmq_export.files import atomic_file
 
 if TYPE_CHECKING:
     import tensorrt_rtx as rtx

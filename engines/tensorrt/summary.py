@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmq_export.memory import in_words
-from dmq_export.table import table
+from dmq_export.common.memory import in_words
+from dmq_export.common.table import table
 from engines.tensorrt.layer_table import LayerTable
 
 KINDS = ("convolution", "matrix product", "fused attention", "normalization", "pointwise", "other")

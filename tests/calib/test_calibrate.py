@@ -25,8 +25,8 @@ from calib.record.trajectories import Trajectories
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError, ModelError
-from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
 
 RECIPE = replace(TINY_RECIPE, steps=2)

@@ -32,10 +32,10 @@ from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.bundled import BUNDLED
 from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
+from dmq_export.common.bundled import BUNDLED
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe, recipe_from
 
 pytestmark = [

@@ -21,8 +21,8 @@ from calib.record.layer_inputs import Captures
 from calib.record.work_folder import WorkFolder
 from calib.run.plan import Resources
 from dmq_export.checkpoint import FACTS, TENSORS
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, QUIET = Resources(torch.device("cpu")), Progress(show=False)

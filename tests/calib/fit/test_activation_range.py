@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, conv2d, linear, random_layer, specs
-from reference import dequantize_input, operate, quantize_input
+from oracle import dequantize_input, operate, quantize_input
 
 from calib.fit.activation_range import activation_range, clip_range, quantized_patches
 from calib.quant.fake_quant import QParams, Range, choose_qparams

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import conv2d, linear, random_input, random_layer, specs
-from reference import add_bias, along, dequantize_weight, operate, shift_of_columns
+from oracle import add_bias, along, dequantize_weight, operate, shift_of_columns
 from torch import Tensor, nn
 
 from calib.fit.adaround import SoftLayer, adaround, squared_error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from layers import SPECS, conv2d, linear
-from reference import dequantize_input, dequantize_weight, operate, quantize_input
+from oracle import dequantize_input, dequantize_weight, operate, quantize_input
 from torch import nn
 
 import calib.fit.layer

@@ -9,7 +9,7 @@ from graphs import Emulated, Recording
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, linear, specs
-from reference import shift_of_columns
+from oracle import shift_of_columns
 
 import calib.fit.les
 from calib.fit.les import LesResult, LesSettings, fit_les

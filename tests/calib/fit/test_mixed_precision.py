@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import linear, random_layer
 from models import TINY_RECIPE, save_small_model
-from reference import dequantize_input, dequantize_weight, quantize_input
+from oracle import dequantize_input, dequantize_weight, quantize_input
 from torch import Tensor, nn
 
 from calib.calibrate import calibrate
@@ -20,9 +20,9 @@ from calib.model.load import SourceModel
 from calib.record.trajectories import Trajectories
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.commands.onnx import export_onnx
+from dmq_export.commands.export import export_onnx
+from dmq_export.common.progress import Progress
 from dmq_export.layer import LayerSpec
-from dmq_export.progress import Progress
 
 
 def trajectories(steps: int, samples: int, predictions: Tensor | None = None) -> Trajectories:

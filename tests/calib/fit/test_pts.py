@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import conv2d, linear, random_layer
-from reference import along, dequantize_input, quantize_input
+from oracle import along, dequantize_input, quantize_input
 from torch import Tensor, nn
 
 from calib.fit.pts import best_exponents, count_votes, decide, exponents

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from layers import SPECS, conv2d, linear, random_layer
-from reference import along, dequantize_weight
+from oracle import along, dequantize_weight
 
 import calib.fit.rounding
 from calib.fit.gptq import gptq_codes

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, conv2d, linear, random_input, random_layer, specs
-from reference import add_bias, along, dequantize_input, dequantize_weight, layer_output, operate, quantize_input
+from oracle import add_bias, along, dequantize_input, dequantize_weight, layer_output, operate, quantize_input
 from torch import Tensor, nn
 
 from calib.model.fake_quantized import (

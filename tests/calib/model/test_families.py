@@ -13,10 +13,10 @@ from calib.calibrate import calibrate
 from calib.model.layers import select_layers
 from calib.model.load import load_model
 from calib.run.plan import Resources
-from dmq_export.arguments import arguments
 from dmq_export.checkpoint import load_checkpoint
-from dmq_export.commands.onnx import export_onnx
-from dmq_export.progress import Progress
+from dmq_export.commands.export import export_onnx
+from dmq_export.common.progress import Progress
+from dmq_export.denoiser.arguments import arguments
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch
 
 from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.errors import DmqError
-from dmq_export.scheduler_names import SCHEDULERS
+from dmq_export.sampling.names import SCHEDULERS
 
 # diffusers passes tensors to np.array, whose protocol torch does not follow in full yet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -130,7 +130,7 @@ def test_all_timesteps_of_the_schedule_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("missing", ["torch", "diffusers"])
 def test_without_diffusers_the_user_is_told_what_does_without(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmq_export.extras.find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr("dmq_export.common.extras.find_spec", lambda name: None if name == missing else name)
     with pytest.raises(DmqError, match=f"PNDMScheduler, as all but a plain DDIM, needs .* {missing}: pip install"):
         build_scheduler(CONFIG, None, 5)
 

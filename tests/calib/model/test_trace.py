@@ -12,15 +12,15 @@ from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import random_layer, specs
-from reference import operate
+from oracle import operate
 
 from calib.model.network import float_tensors
 from calib.model.trace import _drop_idle_squeezes, _output_shape, trace_network
 from dmq_export.bits import Bits
 from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe
 from dmq_export.errors import ExportError
+from dmq_export.graph.marker import DOMAIN, OPSET, OUTPUT
 from dmq_export.layer import LayerSpec
-from dmq_export.marker import DOMAIN, OPSET, OUTPUT
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,7 +13,7 @@ from pipelines import TEXT_LENGTH, TEXTUAL, save_tiny_pipeline
 
 import calib.pipeline.text_encoder
 from calib.pipeline.text_encoder import encode_prompts
-from dmq_export.embeddings import Embeddings
+from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import SPECS, conv2d, linear, random_input, specs
-from reference import along, operate, shift_of_columns
+from oracle import along, operate, shift_of_columns
 
 from calib.quant.patches import (
     apply_op,

@@ -26,8 +26,8 @@ from calib.record.work_folder import WorkFolder
 from calib.run.memory_estimate import MemoryEstimate, activation_bytes, estimate_memory, fit_bytes
 from calib.run.plan import Resources, make_plan, split_passes
 from dmq_export.bits import Bits
+from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.progress import Progress
 from dmq_export.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from calib.model.load import SourceModel, load_model
 from calib.record.conditioning import recipe_conditioning
 from calib.run.memory_estimate import estimate_memory
 from calib.run.time_estimate import fit_seconds, stage_seconds
-from dmq_export.bundled import model_folder
+from dmq_export.common.bundled import model_folder
 from dmq_export.layer import LayerSpec
 from dmq_export.recipe import Recipe, recipe_from
 

@@ -1,0 +1,49 @@
+"""From samples to pictures: as they are, or through the decoder of the pipeline that they are latents of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmq_export.common.progress import Progress
+from dmq_export.denoiser.config import sample_shape
+from dmq_export.errors import DmqError
+from dmq_export.metadata import Facts
+
+Samples = NDArray[np.float32]
+Paint = Callable[[Samples], Samples]
+"""``samples [N, ...] -> pictures [N, C, H, W]`` in -1..1"""
+
+
+def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
+    """What makes pictures of the samples of a network; the decoder is loaded when there is something to decode.
+
+    Args:
+        facts: of the network.
+        pipeline: a diffusers pipeline's folder; None for a network that draws pixels.
+
+    Raises:
+        DmqError: the samples are no pictures, and there is no decoder.
+    """
+    from dmq_export.sampling.images import require_pictures
+
+    if pipeline is None:
+        require_pictures(sample_shape(facts.config)[0])
+        return lambda samples: samples
+    from calib.pipeline.vae import decode, decoder_folder
+
+    if not pipeline.is_dir():
+        raise DmqError(f"{pipeline} is not a folder: give a local diffusers pipeline's folder with --pipeline")
+    folder = decoder_folder(pipeline)
+    if folder is None:
+        require_pictures(sample_shape(facts.config)[0])
+        return lambda samples: samples
+
+    def paint(samples: Samples) -> Samples:
+        with progress.stage("decoding", len(samples), "picture") as advance:
+            return decode(folder, samples, advance=advance)
+
+    return paint

@@ -1,0 +1,1 @@
+"""What any part may need: files that appear whole, progress, memory, tables, the bundled models."""
