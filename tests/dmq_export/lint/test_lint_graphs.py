@@ -10,13 +10,14 @@ import pytest
 from dmq_export.commands.lint import lint_file
 from dmq_export.lint import LintTarget
 
-GRAPHS = sorted((Path(__file__).resolve().parents[2] / "graphs").glob("*.onnx"))
+FOLDER = Path(__file__).resolve().parents[2] / "graphs"
+GRAPHS = sorted(FOLDER.glob("*.onnx"))
 TOOLS = {"brevitas", "modelopt", "nncf", "ort", "torch"}
 
 
 def test_every_tool_has_graphs_that_are_taken_and_the_readme_lists_all() -> None:
     assert {path.name.partition("-")[0] for path in GRAPHS} == TOOLS
-    readme = (Path(__file__).parent / "graphs/README.md").read_text()
+    readme = (FOLDER / "README.md").read_text()
     assert [path.name for path in GRAPHS if f"| `{path.name}` |" not in readme] == []
     taken = {path.name.partition("-")[0] for path in GRAPHS if lint_file(path, LintTarget()).ok}
     assert taken == TOOLS
