@@ -329,6 +329,15 @@ def row(b: GraphBuilder) -> str:
     return b.weight(CHANNELS, CHANNELS, axis=0)
 
 
+def unstated(b: GraphBuilder) -> str:
+    """A weight with scales along an axis that it does not state."""
+    return b.weight(CHANNELS, CHANNELS, 3, 3, axis=None, scale=np.arange(1, CHANNELS + 1))
+
+
+def filled(b: GraphBuilder, x: str) -> str:
+    return b.op("Pad", b.pair(x), int64(b, EDGES), b.constant(0.5))
+
+
 def lone(b: GraphBuilder) -> str:
     """A weight with one scale of shape ``[1]``."""
     return b.weight(CHANNELS, CHANNELS, 3, 3, axis=None, scale=[0.1])
@@ -463,6 +472,7 @@ BROKEN: list[Case] = [
         "quantized weights with float data",
         lambda: matmul(square, data=lambda b, x: b.op("Relu", b.pair(x))),
     ),
+    Case("both-inputs", "quantized weights with float data", lambda: conv(data=filled)),
     Case("both-inputs", "quantized data with float weights", lambda: matmul(lambda b: ones(b, *SQUARE))),
     Case("residual-add", "one quantized and one float branch", lambda: add(one_sided=True)),
     Case("concat-scales", "branches of different scales", lambda: concat(0.2)),
@@ -586,6 +596,7 @@ NEAR: list[Case] = [
     Case("weight-axis", "", lambda: matmul(lambda b: b.weight(*SQUARE, axis=None, scale=np.arange(1, 33)))),
     Case("weight-axis", "", lambda: matmul(lambda b: b.weight(*SQUARE, axis=-1, scale=np.arange(1, 33)))),
     Case("weight-axis", "", lambda: matmul(then("Transpose", row))),
+    Case("weight-axis", "", lambda: conv(unstated, opset=12, dtype=np.float32)),  # axis 0 was the default
     Case("weight-axis", "", lambda: matmul(then("Squeeze", lambda b: b.weight(1, *SQUARE, axis=2), ([0], np.int64)))),
     Case("weight-axis", "", lambda: conv(then("Reshape", lambda b: b.weight(32, 32, 9), ([32, 32, 3, 3], np.int64)))),
     Case("weight-vector", "", lambda: conv(lone, dtype=np.float32)),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
@@ -18,6 +21,7 @@ from dmq_export.commands.compilation import Compilation, compile_file, compiler_
 from dmq_export.errors import DmqError
 from dmq_export.lint import Finding, LintTarget, errors, lint_model
 from dmq_export.lint.cut import cut_constant, cut_node
+from dmq_export.lint.operators import OPERATORS
 from dmq_export.lint.view import with_types
 from engines.tensorrt.compiler import Compiled, NodeError, Refusal, Request, compile_onnx
 
@@ -117,6 +121,22 @@ def three_errors() -> ir.Model:
     )
     first = b.op("ReduceMax", b.op("ReduceMin", x, keepdims=0), keepdims=0)
     return b.model(first, b.op("Det", matrix))
+
+
+ASK = """
+import sys, tensorrt_rtx as trt
+logger = trt.Logger(trt.Logger.ERROR)
+network = (builder := trt.Builder(logger)).create_network(0)
+parser = trt.OnnxParser(network, logger)
+print(*[name for name in sys.argv[1:] if parser.supports_operator(name)])
+"""
+
+
+@needs_compiler
+def test_the_list_of_operators_is_the_parsers() -> None:
+    names = {schema.name for schema in onnx.defs.get_all_schemas()} | OPERATORS
+    said = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, check=True)
+    assert set(said.stdout.split()) == OPERATORS
 
 
 @needs_compiler
