@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ ROOF = {"commands", "cli", "__main__"}  # of dmq_export; sees all three packages
 LENT = {"__init__", "batch", "common", "errors"}  # what engines uses of dmq_export
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Dotted names of what ``path`` imports at run time, anywhere; of ``from a import b`` both ``a`` and ``a.b``."""
     names: set[str] = set()

@@ -89,23 +89,32 @@ def test_codes_that_differ_at_ties_are_counted_and_do_not_fail(spec: LayerSpec, 
     assert check.failure is None
 
 
+def ties_and_wrong_codes(value: np.float32, below: float) -> tuple[int, int]:
+    """What eight ``value`` are taken for whose codes are ``below`` in the reference and one more in the graph."""
+    x = np.full((1, 1, 8), value, np.float32)
+    codes = np.full_like(x, below)
+    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 1))
+    return check.ties, check.wrong_codes
+
+
 @pytest.mark.parametrize("value", [0.5, -0.5, 2.5, -7.5, 100.5])
 @pytest.mark.parametrize("ulps", [0, 1, -1, 2, -2])
 def test_a_value_a_few_ulps_from_a_tie_is_a_tie(value: float, ulps: int) -> None:
     near = np.float32(value) + ulps * np.spacing(np.float32(value))
-    x = np.full((1, 1, 8), near, np.float32)
-    down = np.full_like(x, np.floor(value) + 100)
-    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, down), codes_of(x, down + 1))
-    assert (check.ties, check.wrong_codes) == (8, 0)
+    assert ties_and_wrong_codes(near, np.floor(value) + 100) == (8, 0)
 
 
 @pytest.mark.parametrize("value", [0.5, -2.5, 100.5])
 @pytest.mark.parametrize("distance", [1e-4, -1e-4, 0.1, 0.5])
 def test_a_value_further_away_is_none(value: float, distance: float) -> None:
-    x = np.full((1, 1, 8), value + distance, np.float32)
-    codes = np.full_like(x, 100)
-    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 1))
-    assert (check.ties, check.wrong_codes) == (0, 8)
+    assert ties_and_wrong_codes(np.float32(value + distance), np.floor(value) + 100) == (0, 8)
+
+
+@pytest.mark.parametrize("value", [0.5, -2.5, 100.5])
+@pytest.mark.parametrize("ulps", [10, -10, 14, -14, 100, -100])
+def test_a_value_more_ulps_away_than_roundings_explain_is_none(value: float, ulps: int) -> None:
+    near = np.float32(value) + ulps * np.spacing(np.float32(value))
+    assert ties_and_wrong_codes(near, np.floor(value) + 100) == (0, 8)
 
 
 def test_a_tie_excuses_one_step_and_no_more() -> None:
