@@ -24,7 +24,7 @@ from calib.model.denoiser import TorchDenoiser
 from calib.model.fake_quantized import load_fake_quantized, perturbed
 from dmq_export.checkpoint import load_checkpoint
 from dmq_export.commands.engine import Backend, Engine, Execution, float_engine, open_engine
-from dmq_export.commands.sampler import Arrays, SampleSettings, draw_samples, labels_conditioning
+from dmq_export.commands.sampler import Arrays, SampleSettings, conditioning_for, draw_samples
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 
@@ -46,7 +46,7 @@ def float_trajectory(engine: Engine, settings: SampleSettings) -> tuple[list[tup
 
 def drawn(engine: Engine, settings: SampleSettings) -> Array:
     """All samples in one batch."""
-    conditioning = labels_conditioning(engine.facts.config, settings)
+    conditioning = conditioning_for(engine.facts, settings)
     return draw_samples(engine, settings, Progress(show=False), conditioning)
 
 

@@ -20,7 +20,7 @@ from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.commands.engine import Engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
-from dmq_export.denoiser.conditioning import Asked, labels_told, told
+from dmq_export.denoiser.conditioning import Asked, told
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
@@ -102,15 +102,6 @@ class Conditioning:
                 digest.update(np.ascontiguousarray(value).tobytes())
             digest.update(b"/")
         return digest.hexdigest()
-
-
-def labels_conditioning(config: Mapping[str, Any], settings: SampleSettings) -> Conditioning:
-    """The class labels of ``settings``, for a model that takes them.
-
-    Raises:
-        DmqError: the labels do not suit the model, or guidance lacks the label that stands for none.
-    """
-    return Conditioning(*labels_told(config, _asked(settings), settings.count))
 
 
 def conditioning_for(facts: Facts, settings: SampleSettings, embeddings: Embeddings | None = None) -> Conditioning:

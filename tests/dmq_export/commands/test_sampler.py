@@ -12,9 +12,9 @@ from dmq_export.commands.engine import Engine
 from dmq_export.commands.sampler import (
     Conditioning,
     SampleSettings,
+    conditioning_for,
     draw_batches,
     draw_samples,
-    labels_conditioning,
     sampler_for,
 )
 from dmq_export.common.progress import Progress
@@ -118,7 +118,7 @@ def test_without_diffusers_only_ddim_samples(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_guidance_goes_past_the_conditional_prediction() -> None:
     result = drawn(count=3, labels=(0, 1), null_label=2, guidance_scale=2.0)
-    conditioning = labels_conditioning(FACTS.config, SampleSettings(count=3, labels=(0, 1)))
+    conditioning = conditioning_for(FACTS, SampleSettings(count=3, labels=(0, 1)))
     doubled = {"class_labels": 2 * conditioning.given["class_labels"] - 2}  # the toy network is linear in its label
     expected = draw_samples(ENGINE, SampleSettings(count=3), Progress(show=False), Conditioning(doubled))
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
@@ -140,12 +140,12 @@ def test_conditioning_of_any_kind_reaches_the_network() -> None:
 
 def test_labels_cycle_and_guidance_needs_the_label_for_none() -> None:
     settings = SampleSettings(count=5, labels=(0, 2), null_label=1, guidance_scale=3.0)
-    conditioning = labels_conditioning(FACTS.config, settings)
+    conditioning = conditioning_for(FACTS, settings)
     assert conditioning.given["class_labels"].tolist() == [0, 2, 0, 2, 0]
     assert conditioning.unconditional["class_labels"].tolist() == [1] * 5
     assert conditioning.rows(range(1, 3)).given["class_labels"].tolist() == [2, 0]
     with pytest.raises(DmqError, match="give --null-label"):
-        labels_conditioning(FACTS.config, SampleSettings(guidance_scale=3.0))
+        conditioning_for(FACTS, SampleSettings(guidance_scale=3.0))
 
 
 def test_the_digest_tells_conditionings_apart() -> None:
@@ -165,7 +165,7 @@ def test_the_digest_tells_conditionings_apart() -> None:
 
 def test_a_batch_alone_is_that_batch_of_all() -> None:
     settings = SampleSettings(count=6, batch=4)
-    conditioning = labels_conditioning(FACTS.config, settings)
+    conditioning = conditioning_for(FACTS, settings)
     rows = range(4, 6)
     (alone,) = draw_batches(ENGINE, settings, conditioning, [rows], Progress(show=False))
     np.testing.assert_array_equal(alone, drawn(count=6, batch=4)[4:])
