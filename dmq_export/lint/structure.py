@@ -84,8 +84,15 @@ def _gpu_types(graph: QdqGraph) -> Breaches:
     for each in graph.quantizers if gpu is not None else ():
         found.setdefault(each.type, each.node)
     for kind, node in found.items():
-        if gpu is not None and gpu < OLDEST_GPU.get(kind, 0):
+        if gpu is not None and gpu < _oldest_gpu(graph, kind):
             yield node, f"{kind.name} on sm{gpu}"
+
+
+def _oldest_gpu(graph: QdqGraph, kind: ir.DataType) -> int:
+    """Data centers have FLOAT4E2M1 from sm100 on, which is no RTX GPU."""
+    if kind == ir.DataType.FLOAT4E2M1 and graph.target.runtime == "tensorrt":
+        return 100
+    return OLDEST_GPU.get(kind, 0)
 
 
 def _small_layers(graph: QdqGraph) -> Breaches:
@@ -143,7 +150,7 @@ RULES = (
         "gpu-type",
         "refused",
         "refused",
-        "BFLOAT16 and INT4 from sm80, FLOAT8E4M3FN from sm89, FLOAT4E2M1 from sm120",
+        "BFLOAT16 and INT4 from sm80, FLOAT8E4M3FN from sm89, FLOAT4E2M1 from sm100 and sm120",
         "choose a newer GPU with --gpu, or another type",
         _gpu_types,
     ),

@@ -246,7 +246,7 @@ RULES = (
     Rule(
         "block-sum",
         "wrong",
-        "float",
+        None,
         "one scale per output channel for the weight of quantized data: the scales are applied behind the sum over "
         "all blocks",
         "quantize the weight per output channel, or leave the data float",
@@ -255,7 +255,7 @@ RULES = (
     Rule(
         "block-transpose",
         "refused",
-        "float",
+        None,
         "no Transpose or transB between a weight with a scale per block and its product with quantized data",
         "quantize the weight per output channel, or leave the data float",
         _turned_blocks,
@@ -263,7 +263,7 @@ RULES = (
     Rule(
         "mixed-codes",
         "refused",
-        "refused",
+        None,
         "data and weights of one type of codes; or INT8 data with INT4 weights",
         "quantize both to one type",
         _mixed_codes,
@@ -312,7 +312,7 @@ RULES = (
     Rule(
         "int4-first",
         "crashes",
-        "refused",
+        None,
         "4-bit weights with a scale per block as input 1 of MatMul and Gemm",
         "exchange the inputs of the product, or store the codes as INT8",
         _int4_first,

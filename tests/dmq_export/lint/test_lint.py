@@ -79,6 +79,12 @@ def test_a_rule_ends_with_the_release_that_no_longer_minds(version: tuple[int, .
     assert ("scale-type" in found) == minds
 
 
+@pytest.mark.parametrize(("gpu", "minds"), [(90, True), (100, False)])
+def test_data_centers_have_four_bit_floats_earlier(gpu: int, minds: bool) -> None:
+    model = next(case.build() for case in BROKEN if "FLOAT4E2M1" in case.found)
+    assert ("gpu-type" in by_rule(model, LintTarget("tensorrt", (10, 10), gpu))) == minds
+
+
 def test_the_bound_of_a_sum_is_that_of_its_worst_codes() -> None:
     """-128 times -128 is the largest product; a Clip in front narrows what the data can be."""
     (finding,) = by_rule(sums(5, -128))["half-sum"]
