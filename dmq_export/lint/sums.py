@@ -15,6 +15,7 @@ from dmq_export.lint.view import QdqGraph, Quantizer, constant, element_type, sh
 
 Breaches = Iterator[tuple[ir.Node, str]]
 LARGEST_HALF = 65504
+SMALLEST_HALF = 2.0**-14  # of the normal numbers
 RANGES = {ir.DataType.INT8: (-128, 127), ir.DataType.INT4: (-8, 7)}
 
 
@@ -30,6 +31,21 @@ def _half_sums(graph: QdqGraph) -> Breaches:
             over = int((sums > LARGEST_HALF).sum())
             where = f", {over} of {sums.size} channels above" if sums.size > 1 else ""
             yield product.node, f"sums of codes of up to {sums.max():.0f}{where}"
+
+
+def _half_scales(graph: QdqGraph) -> Breaches:
+    """The same products, where what follows the sum is too small for float16."""
+    for product in products(graph):
+        data, weight = product.data, product.weight
+        if data is None or weight is None or not _sums_in_half(product, data, weight):
+            continue
+        scales = [each.quantizer.scales for each in (data, weight)]
+        if scales[0] is None or scales[1] is None or scales[0].size != 1:
+            continue
+        factors = np.abs(float(scales[0].item()) * scales[1].astype(np.float64))
+        small = int(((factors > 0) & (factors < SMALLEST_HALF)).sum())
+        if small:
+            yield product.node, f"products of scales down to {factors.min():.1e}, {small} of {factors.size} subnormal"
 
 
 def _sums_in_half(product: Product, data: Operand, weight: Operand) -> bool:
@@ -109,5 +125,13 @@ RULES = (
         "sum in Half, and larger ones are infinite",
         "give the weight one scale and multiply by the channels' behind the product, or export with --dtype float32",
         _half_sums,
+    ),
+    Rule(
+        "half-scale",
+        "wrong",
+        None,
+        "a product of both scales of at least 6.1e-5: behind such a sum it is a Half constant, and loses digits below",
+        "give the weight one scale and multiply by the channels' behind the product, or export with --dtype float32",
+        _half_scales,
     ),
 )

@@ -151,13 +151,18 @@ def typed(data: Any, weight: Any, op: str = "MatMul") -> ir.Model:
 
 
 def sums(
-    inner: int, code: int, *, data: Callable[[GraphBuilder, str], str] = GraphBuilder.pair, **more: Any
+    inner: int,
+    code: int,
+    *,
+    data: Callable[[GraphBuilder, str], str] = GraphBuilder.pair,
+    smallest: float = 0.1,
+    **more: Any,
 ) -> ir.Model:
-    """A MatMul over ``inner`` elements whose weight's codes are all ``code``."""
+    """A MatMul over ``inner`` elements whose weight's codes are all ``code``; ``smallest`` is its smallest scale."""
     axis = more.pop("axis", 1)
 
     def weight(b: GraphBuilder) -> str:
-        scale = 0.1 if axis is None else 0.1 + 0.001 * np.arange(CHANNELS)
+        scale = smallest if axis is None else smallest * (1 + 0.01 * np.arange(CHANNELS))
         codes = b.constant(np.full((inner, CHANNELS), code), np.int8)
         return b.op("DequantizeLinear", codes, b.constant(scale), **({} if axis is None else {"axis": axis}))
 
@@ -447,6 +452,7 @@ BROKEN: list[Case] = [
     # sums
     Case("half-sum", "sums of codes of up to 81920, 32 of 32 channels above", lambda: sums(5, -128)),
     Case("half-sum", "sums of codes of up to 81920", lambda: sums(5, -128, op="Gemm")),
+    Case("half-scale", "products of scales down to 1.0e-05, 32 of 32 subnormal", lambda: sums(3, 1, smallest=1e-4)),
     Case("half-sum", "sums of codes of up to 131072", lambda: w4a8(1024, (CHANNELS,), axis=1)),
     # placement
     Case("activation-scale", "a scale per channel", lambda: matmul(square, data=channels)),
@@ -611,6 +617,9 @@ NEAR: list[Case] = [
     Case("half-sum", "", lambda: sums(3, -128)),  # 49152
     Case("half-sum", "", lambda: sums(5, -128, dtype=np.float32)),
     Case("half-sum", "", lambda: sums(5, -128, axis=None)),
+    Case("half-scale", "", lambda: sums(3, 1, smallest=1e-3)),
+    Case("half-scale", "", lambda: sums(3, 1, smallest=1e-4, axis=None)),
+    Case("half-scale", "", lambda: sums(3, 1, smallest=1e-4, dtype=np.float32)),
     Case("half-sum", "", lambda: sums(15, -128, data=clip_to_six_bits)),  # 61440
     Case("activation-scale", "", lambda: matmul(square)),
     Case("activation-vector", "", lambda: matmul(square, data=vector)),
