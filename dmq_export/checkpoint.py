@@ -143,12 +143,13 @@ def require_place(folder: Path, *, replace_existing: bool) -> None:
         raise DmqError(f"{folder} is not empty and no checkpoint, so it is not replaced: choose another path")
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path) -> Checkpoint:
     """The checkpoint in ``folder``, verified against its hash.
 
     Raises:
         CheckpointError: it is not a checkpoint, is of another schema, or is damaged.
     """
+    folder = Path(folder)
     if not (folder / FACTS).is_file():
         raise CheckpointError(f"{folder} is not a DMQ checkpoint: it has no {FACTS}")
     try:

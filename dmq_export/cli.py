@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints. Results go to stdout, all else to stderr."""
 
 import json
+import os
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -235,15 +236,16 @@ def calibrate(
     dmq-export calibrate digits -o ckpt --bits w4a6 --null-label 10
     torchrun --nproc-per-node 4 -m dmq_export calibrate MODEL -o ckpt
     """
-    from dmq_export.commands.calibrate import Job, Means, calibrate_model, plan_model
+    from dmq_export.commands.calibrate import Means, calibrate_model, plan_model
     from dmq_export.commands.prompts import Prompting
+    from dmq_export.common.distributed import Rank
 
     recipe = recipe_from(preset, **settings)
     means = Means(device, max_memory, workers, log_json)
     prompting = Prompting(file=prompts, embeddings=prompt_embeds)
-    job = Job(model, output, recipe, means, prompting, strict=strict, fresh=fresh)
-    result = plan_model(job) if dry_run else calibrate_model(job)
-    if result is not None:  # one of the processes of torchrun speaks for all
+    run = plan_model if dry_run else calibrate_model
+    result = run(model, output, recipe, means, prompting, strict=strict, fresh=fresh)
+    if not Rank.of(os.environ).index:  # one of the processes of torchrun speaks for all
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
 
 

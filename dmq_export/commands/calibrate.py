@@ -18,7 +18,7 @@ from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.coverage import Coverage
 from dmq_export.errors import DmqError, StoppedError
-from dmq_export.recipe import Recipe
+from dmq_export.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
     from calib.run.plan import CalibrationPlan, Resources
@@ -135,71 +135,54 @@ class PlannedCalibration:
         return "\n\n".join([self.coverage.table(), self.coverage.summary(), self.plan.text()])
 
 
-@dataclass(frozen=True)
-class Job:
-    """A calibration that is asked for.
+def calibrate_model(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe = PRESETS["balanced"],
+    means: Means = Means(),
+    prompting: Prompting = NO_TEXT,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
+) -> Calibration:
+    """Calibrate ``model`` and write the checkpoint to the folder ``output``.
 
-    Attributes:
+    A calibration that was stopped goes on where it was when the same is asked for again.
+
+    Args:
         model: a diffusers folder, or the name of a bundled model.
-        output: checkpoint folder to write.
-        prompting: where the text comes from that the model is told.
+        prompting: where the prompts of a model come from that takes text.
         strict: refuse a model with layers that cannot be quantized.
         fresh: replace what is at ``output``, and start over.
-    """
-
-    model: str
-    output: Path
-    recipe: Recipe
-    means: Means
-    prompting: Prompting = NO_TEXT
-    strict: bool = False
-    fresh: bool = False
-
-    def told(self, resources: Resources, progress: Progress) -> Recipe:
-        """The recipe with the embeddings of what is to be drawn.
-
-        Raises:
-            DmqError: there is no place for the output, or the text is not what the model needs.
-        """
-        require_place(self.output, replace_existing=self.fresh)  # before any prompt is encoded
-        embeddings = self.prompting.encoded(
-            model_folder(self.model),
-            progress,
-            guidance_scale=self.recipe.guidance_scale,
-            device=resources.device,
-            sample_size=self.recipe.sample_size,
-        )
-        recipe = self.recipe if embeddings is None else replace(self.recipe, embeddings=embeddings)
-        if recipe.shares_prompts and not Rank.of(os.environ).index:
-            progress.tell(
-                f"no more prompts than the {recipe.samples} samples: the check draws them again, from other noise"
-            )
-        return recipe
-
-
-def calibrate_model(job: Job) -> Calibration | None:
-    """Do the job; None in the processes of torchrun but the first.
 
     Raises:
         DmqError: bad input, and nothing is written then; or the user stopped it, and the same goes on.
     """
     from calib.calibrate import calibrate, work_folder
 
-    progress, resources = Progress(log=job.means.log), job.means.resources()
-    recipe = job.told(resources, progress)
-    folder = model_folder(job.model)
+    folder, output = model_folder(str(model)), Path(output)
+    progress, resources = Progress(log=means.log), means.resources()
+    require_place(output, replace_existing=fresh)  # before any prompt is encoded
+    recipe = _with_prompts(recipe, folder, prompting, resources, progress)
     try:
-        checkpoint = calibrate(folder, job.output, recipe, resources, progress, strict=job.strict, fresh=job.fresh)
+        checkpoint = calibrate(folder, output, recipe, resources, progress, strict=strict, fresh=fresh)
     except KeyboardInterrupt as error:
-        kept = work_folder(job.output)
+        kept = work_folder(output)
         rest = f"what is finished is in {kept}, the same command goes on" if kept.exists() else "nothing is finished"
         raise StoppedError(f"interrupted: {rest}") from error
-    if Rank.of(os.environ).index:
-        return None
-    return Calibration(job.output, checkpoint, read_json(job.output / RUN))
+    return Calibration(output, checkpoint, read_json(output / RUN))
 
 
-def plan_model(job: Job) -> PlannedCalibration:
+def plan_model(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe = PRESETS["balanced"],
+    means: Means = Means(),
+    prompting: Prompting = NO_TEXT,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
+) -> PlannedCalibration:
     """What :func:`calibrate_model` would do; nothing is written.
 
     Raises:
@@ -207,11 +190,35 @@ def plan_model(job: Job) -> PlannedCalibration:
     """
     from calib.calibrate import planned
 
-    progress, resources = Progress(log=job.means.log), job.means.resources()
-    recipe = job.told(resources, progress)
-    folder = model_folder(job.model)
-    selection, plan = planned(folder, job.output, recipe, resources, progress, strict=job.strict, fresh=job.fresh)
+    folder, output = model_folder(str(model)), Path(output)
+    progress, resources = Progress(log=means.log), means.resources()
+    require_place(output, replace_existing=fresh)
+    recipe = _with_prompts(recipe, folder, prompting, resources, progress)
+    selection, plan = planned(folder, output, recipe, resources, progress, strict=strict, fresh=fresh)
     return PlannedCalibration(selection.coverage, plan)
+
+
+def _with_prompts(
+    recipe: Recipe, folder: Path, prompting: Prompting, resources: Resources, progress: Progress
+) -> Recipe:
+    """The recipe with the embeddings of what is to be drawn.
+
+    Raises:
+        DmqError: the text is not what the model needs.
+    """
+    embeddings = prompting.encoded(
+        folder,
+        progress,
+        guidance_scale=recipe.guidance_scale,
+        device=resources.device,
+        sample_size=recipe.sample_size,
+    )
+    recipe = recipe if embeddings is None else replace(recipe, embeddings=embeddings)
+    if recipe.shares_prompts and not Rank.of(os.environ).index:
+        progress.tell(
+            f"no more prompts than the {recipe.samples} samples: the check draws them again, from other noise"
+        )
+    return recipe
 
 
 def choose_device(device: Device) -> Any:

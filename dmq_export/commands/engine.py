@@ -76,7 +76,9 @@ class Execution:
             raise DmqError(f"{self.threads} threads: at least 1 is needed")
 
 
-def open_engine(path: Path, execution: Execution = Execution(), note: Callable[[str], None] = warnings.warn) -> Engine:
+def open_engine(
+    path: str | Path, execution: Execution = Execution(), note: Callable[[str], None] = warnings.warn
+) -> Engine:
     """A ``.plan``, an ``.onnx`` file, or a checkpoint folder (the PyTorch reference).
 
     Args:
@@ -85,6 +87,7 @@ def open_engine(path: Path, execution: Execution = Execution(), note: Callable[[
     Raises:
         DmqError: ``path`` is none of them, does not suit the backend, or does not load.
     """
+    path = Path(path)
     if path.is_dir() and (path / CHECKPOINT_FACTS).is_file():
         return _open_checkpoint(path, execution)
     if path.suffix == ".onnx" and path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint, load_checkpoint
@@ -62,12 +62,22 @@ class Export:
 
 
 def export_onnx(
-    checkpoint_folder: Path, output: Path, progress: Progress, *, verify: bool = True, **choices: Any
+    checkpoint_folder: str | Path,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    target: Target = "portable",
+    dtype: FloatType = "float32",
+    batch: Batch | None = None,
+    verify: bool = True,
 ) -> Export:
     """Export the checkpoint and prove the graph equal to the PyTorch reference.
 
     Args:
-        choices: target, type and batch, see :func:`export_graph`.
+        target: the runtime whose kernels the graph is for.
+        dtype: of all that is not integer.
+        batch: the sizes that the graph takes; None for any.
+        verify: False writes the graph without the proof.
 
     Raises:
         DmqError: the checkpoint or the output path is bad.
@@ -75,10 +85,11 @@ def export_onnx(
     """
     from dmq_export.graph.export import data_path, layer_bytes, save_onnx
 
+    output, progress = Path(output), progress or Progress()
     require_file(output)
-    checkpoint = load_checkpoint(checkpoint_folder)
+    checkpoint = load_checkpoint(Path(checkpoint_folder))
     with progress.stage("ONNX", 1, "graph") as advance:
-        graph = export_graph(checkpoint, **choices)
+        graph = export_graph(checkpoint, target, dtype, batch)
         advance(1)
     findings = lint_model(graph.model) if graph.target == "tensorrt" else None
     require_buildable(findings or (), str(output))

@@ -70,12 +70,13 @@ def _made_of(facts: PlanFacts) -> str:
     return table(("engine layers", "count"), [(name, str(count)) for name, count in facts.layers.items()], right=(1,))
 
 
-def inspect(path: Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
+def inspect(path: str | Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
     """Summarize a checkpoint folder, an ``.onnx`` file or a ``.plan``; nothing of a plan is executed.
 
     Raises:
         DmqError: it is none of these, or is damaged.
     """
+    path = Path(path)
     if path.is_dir():
         return inspect_checkpoint(path)
     if path.suffix == ".plan":

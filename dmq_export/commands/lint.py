@@ -59,15 +59,19 @@ class Lint:
         return "\n".join([*lines, verdict, *said])
 
 
-def lint_file(path: Path, target: LintTarget, shapes: Mapping[str, ShapeRange] | None = None) -> Lint:
+def lint_file(
+    path: str | Path, target: LintTarget | None = None, shapes: Mapping[str, ShapeRange] | None = None
+) -> Lint:
     """Check the ONNX file ``path`` by the rules, and with ``shapes`` by the compiler too.
 
     Args:
+        target: whose rules; None for those of TensorRT-RTX.
         shapes: of inputs of open size, for the compiler; if empty, open sizes count as 1. None: do not compile.
 
     Raises:
         DmqError: it is no ONNX file, or the compiler is not installed or not that of ``target``.
     """
+    path, target = Path(path), target or LintTarget()
     model = load_onnx(path)
     findings = lint_model(model, target)
     if shapes is None:

@@ -119,7 +119,10 @@ def _asked(settings: SampleSettings, embeddings: Embeddings | None = None) -> As
 
 
 def draw_samples(
-    engine: Engine, settings: SampleSettings, progress: Progress, conditioning: Conditioning | None = None
+    engine: Engine,
+    settings: SampleSettings = SampleSettings(),
+    progress: Progress | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Samples:
     """Samples ``[count, C, H, W]``; number ``i`` depends on the seed and ``i``, not on the batch it is in.
 
@@ -132,7 +135,8 @@ def draw_samples(
     settings = settings.sized(engine.facts)
     if conditioning is None:
         conditioning = conditioning_for(engine.facts, settings)
-    return np.concatenate(list(draw_batches(engine, settings, conditioning, settings.batches(), progress)))
+    batches = draw_batches(engine, settings, conditioning, settings.batches(), progress or Progress())
+    return np.concatenate(list(batches))
 
 
 def draw_batches(

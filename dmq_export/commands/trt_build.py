@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -92,20 +93,28 @@ class Build:
 
 
 def build_engine(
-    onnx: Path, output: Path, order: Order, settings: BuildSettings, progress: Progress, note: Callable[[str], None]
+    onnx: str | Path,
+    output: str | Path,
+    order: Order = Order(),
+    settings: BuildSettings | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Build:
     """Find a runtime, lint ``onnx``, build it; the plan and its ``engine.json`` are written together or not at all.
 
     Args:
-        settings: for TensorRT.
+        settings: for TensorRT; None for the defaults.
         note: receives the linter's warnings, what is assumed, and what is about to happen.
 
     Raises:
         DmqError: bad input, a runtime is missing, or it refuses.
         CheckFailedError: the order is strict, and a product meant for Int8 runs in float.
     """
+    from engines.tensorrt.build import BuildSettings
     from engines.tensorrt.plan_file import facts_path, save_plan
 
+    onnx, output = Path(onnx), Path(output)
+    settings, progress = settings or BuildSettings(), progress or Progress()
     if output.suffix != ".plan":
         raise DmqError(f"{output} must end in .plan, as sample expects")
     require_file(output)
