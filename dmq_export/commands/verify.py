@@ -23,8 +23,8 @@ from dmq_export.graph.compare import (
     FLOAT16,
     FLOAT32,
     TOLERANCE,
-    LayerCheck,
-    check_layer,
+    LayerComparison,
+    compare_layer,
     relative_error,
     require_equal,
     rms_ratio,
@@ -84,7 +84,7 @@ class Verification:
         missing: runtimes that the graph is for and that are not installed.
     """
 
-    checks: tuple[LayerCheck, ...]
+    checks: tuple[LayerComparison, ...]
     drift: tuple[StepDrift, ...]
     missing: tuple[str, ...] = ()
 
@@ -115,7 +115,7 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
     wanted = (ONNX_RUNTIME, OPENVINO) if graph.target == "openvino" else (ONNX_RUNTIME,)
     missing = tuple(runtime for runtime in wanted if runtime == OPENVINO and find_spec("openvino") is None)
     executors = _executors(graph, [runtime for runtime in wanted if runtime not in missing])
-    checks: list[LayerCheck] = []
+    checks: list[LayerComparison] = []
     drift: list[StepDrift] = []
     with progress.stage("verification", len(checkpoint.probe.timesteps), "step") as advance:
         for step in range(len(checkpoint.probe.timesteps)):
@@ -131,13 +131,13 @@ def verify(graph: ExportedGraph, checkpoint: Checkpoint, progress: Progress) -> 
 
 def _executors(graph: ExportedGraph, runtimes: list[str]) -> list[Executor]:
     from dmq_export.graph.export import loadable
-    from dmq_export.graph.float16_sums import keep_half_sums
-    from dmq_export.graph.isolate import cut_graph
+    from dmq_export.graph.float16_sums import keep_float16_sums
+    from dmq_export.graph.isolate import isolate_layers
 
     cut = graph.model.clone()
-    cut_graph(cut, graph.forms)
+    isolate_layers(cut, graph.lowered_layers)
     if graph.dtype == "float16":
-        keep_half_sums(cut)
+        keep_float16_sums(cut)
     with loadable(graph.model) as whole, loadable(cut) as pieces:
         return [Executor(runtime, _session(runtime)(whole), _session(runtime)(pieces)) for runtime in runtimes]
 
@@ -154,23 +154,25 @@ def _session(runtime: str) -> Callable[[Path | bytes], Session]:
 
 def _check_layers(
     checkpoint: Checkpoint, step: int, reference: FakeQuantizedModel, executor: Executor, graph: ExportedGraph
-) -> list[LayerCheck]:
+) -> list[LayerComparison]:
     """Every layer of the cut graph at one probed step, and the network's output as the last "layer"."""
     from calib.model.fake_quantized import record_layers
-    from dmq_export.graph.isolate import cut_inputs, cut_outputs
+    from dmq_export.graph.isolate import isolated_inputs, isolated_outputs
     from dmq_export.graph.marker import OUTPUT
 
     values, prediction = record_layers(reference, *_tensors(checkpoint, step))
-    row, forms = reference.row_of(float(checkpoint.probe.timesteps[step])), graph.forms
+    row, lowered_layers = reference.row_of(float(checkpoint.probe.timesteps[step])), graph.lowered_layers
     precision = PRECISIONS[graph.dtype]
-    outputs = executor.pieces.run({**_arrays(checkpoint, step), **cut_inputs(forms, values, row)})
-    said = cut_outputs(forms, outputs, row)
+    outputs = executor.pieces.run({**_arrays(checkpoint, step), **isolated_inputs(lowered_layers, values, row)})
+    said = isolated_outputs(lowered_layers, outputs, row)
     if executor.runtime == OPENVINO:
-        forms = {name: form.zero_point_added() for name, form in forms.items()}
+        lowered_layers = {name: lowered.zero_point_added() for name, lowered in lowered_layers.items()}
     names = [(layer, layer.spec.name) for layer in checkpoint.layers]
-    checks = [check_layer(layer, forms[name], row, values[name], said[name], precision) for layer, name in names]
+    checks = [
+        compare_layer(layer, lowered_layers[name], row, values[name], said[name], precision) for layer, name in names
+    ]
     last = relative_error(prediction.numpy(), outputs[OUTPUT])
-    return [*checks, LayerCheck("(network output)", 0, 0, last, 0.0, precision.tolerance)]
+    return [*checks, LayerComparison("(network output)", 0, 0, last, 0.0, precision.tolerance)]
 
 
 def _drift(

@@ -27,7 +27,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
-class Encoding:
+class ActivationCodes:
     """One part's coding; rows are steps, one where nothing varies.
 
     Attributes:
@@ -53,7 +53,9 @@ class Encoding:
     gain: Float
 
 
-def part_encoding(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType = "float32") -> Encoding:
+def part_activation_codes(
+    layer: QuantizedLayer, part: int, target: Target, dtype: FloatType = "float32"
+) -> ActivationCodes:
     """The coding of ``layer``'s ``part`` for TensorRT (int8, zero point 0) or OpenVINO (uint8, any zero point).
 
     Every float is as a graph of ``dtype`` holds it.
@@ -72,7 +74,7 @@ def part_encoding(layer: QuantizedLayer, part: int, target: Target, dtype: Float
     scale = scales[0] if len(scales) == 1 else np.exp2(np.ceil(np.log2(scales.max())))
     bounds = np.stack([-offset, 2**bits - 1 - offset], axis=1)
     whole = (bounds == [lowest, lowest + 255]).all()
-    return Encoding(
+    return ActivationCodes(
         container=np.int8 if target == "tensorrt" else np.uint8,
         scale=np.float32(held(scale, dtype)),
         zero_point=constant,

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.graph.activation_codes import Encoding, collapsed
+from dmq_export.graph.activation_codes import ActivationCodes, collapsed
 from dmq_export.graph.float16 import held
-from dmq_export.graph.int8_weights import Carrier
+from dmq_export.graph.int8_weights import Int8Weights
 from dmq_export.layer import Float, QuantizedLayer
 from dmq_export.target import FloatType
 
 
 @dataclass(frozen=True)
-class Correction:
+class BiasCorrection:
     """Two additions; ``O`` outputs, ``T`` steps (1 where nothing varies).
 
     Attributes:
@@ -38,18 +38,18 @@ class Correction:
     left: NDArray[np.float64]
 
 
-def correction(
-    layer: QuantizedLayer, encodings: Sequence[Encoding], carriers: Sequence[Carrier], dtype: FloatType
-) -> Correction:
+def bias_correction(
+    layer: QuantizedLayer, activations: Sequence[ActivationCodes], part_weights: Sequence[Int8Weights], dtype: FloatType
+) -> BiasCorrection:
     """The additions that make the sum of the parts' products the layer's output, bias included.
 
     Args:
-        encodings: of the parts, with the numbers that a graph of ``dtype`` holds, as the ``carriers``.
+        activations: of the parts, with the numbers that a graph of ``dtype`` holds, as the ``part_weights``.
     """
-    terms = [_term(encoding, carrier) for encoding, carrier in zip(encodings, carriers, strict=True)]
+    terms = [_term(activation, weights) for activation, weights in zip(activations, part_weights, strict=True)]
     gains = [
-        encoding.gain.astype(np.float64)[:, None] * carrier.gain
-        for encoding, carrier in zip(encodings, carriers, strict=True)
+        activation.gain.astype(np.float64)[:, None] * weights.gain
+        for activation, weights in zip(activations, part_weights, strict=True)
     ]
     total = _sum(gains, terms)
     bias = np.zeros(layer.spec.out_channels) if layer.bias is None else layer.bias.astype(np.float64)
@@ -62,7 +62,7 @@ def correction(
     if layer.spec.kind != "linear" and static and exact:  # one addition is enough
         inner[-1], bias, left = inner[-1] - left[0] + bias, np.zeros_like(bias), np.zeros_like(left)
     outer = collapsed((bias - left).astype(np.float32))
-    return Correction(
+    return BiasCorrection(
         inner=tuple(values.astype(np.float32) if values.any() else None for values in inner),
         outer=outer if outer.any() else None,
         added=np.abs(total).max(axis=1),
@@ -76,6 +76,6 @@ def _sum(gains: Sequence[NDArray[np.float64]], values: Sequence[NDArray[np.float
     return np.asarray(np.sum(np.stack(np.broadcast_arrays(*products)), axis=0))
 
 
-def _term(encoding: Encoding, carrier: Carrier) -> NDArray[np.float64]:
+def _term(activation: ActivationCodes, weights: Int8Weights) -> NDArray[np.float64]:
     """``s * shift_t * sum(w)`` before the gains, ``[T, O]``."""
-    return float(encoding.scale) * encoding.shift[:, None] * carrier.sums()
+    return float(activation.scale) * activation.shift[:, None] * weights.sums()

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmq_export.errors import CheckFailedError
-from dmq_export.graph.lowered_layer import LayerForm, LayerValues, along
+from dmq_export.graph.lowered_layer import LayerValues, LoweredLayer, along
 from dmq_export.layer import QuantizedLayer
 
 TOLERANCE = 1e-5  # of the largest magnitude of a tensor: float32 sums of some thousand products
-LARGEST = 1024.0  # no code lies further out; float16 holds it
+LARGEST_CODE = 1024.0  # no code lies further out; float16 holds it
 ROUNDINGS = 7  # on the longest path through a layer; a code may differ where they can turn a tie
 Array = NDArray[np.float32]
 
@@ -37,7 +37,7 @@ FLOAT16 = Precision(np.float16, ROUNDINGS * 2.0**-11)  # each by half a unit in 
 
 
 @dataclass(frozen=True)
-class LayerCheck:
+class LayerComparison:
     """How one layer's cut compares with the reference.
 
     Attributes:
@@ -69,37 +69,37 @@ class LayerCheck:
         return None
 
 
-def check_layer(
+def compare_layer(
     layer: QuantizedLayer,
-    form: LayerForm,
+    lowered: LoweredLayer,
     row: int,
     reference: LayerValues,
     graph: LayerValues,
     precision: Precision = FLOAT32,
-) -> LayerCheck:
-    """Compare a layer's cut, lowered to ``form``, with the reference, with the tables' ``row``."""
-    expected = form.expected(reference, row)
+) -> LayerComparison:
+    """Compare a layer's cut, as ``lowered`` describes it, with the reference, with the tables' ``row``."""
+    expected = lowered.expected(reference, row)
     codes = graph.codes.astype(np.int16)
     differ = expected.codes != codes
     ties = differ
     for either in (expected.codes.astype(np.int16), codes):
-        ties = ties & _within_rounding(layer, form, row, reference.input, either, precision)
-    return LayerCheck(
+        ties = ties & _within_rounding(layer, lowered, row, reference.input, either, precision)
+    return LayerComparison(
         name=layer.spec.name,
         ties=int(ties.sum()),
         wrong_codes=int((differ & ~ties).sum()),
         input_error=relative_error(expected.input, graph.input),
-        output_error=relative_error(expected.output, graph.output, _unseen(form, row, precision)),
+        output_error=relative_error(expected.output, graph.output, _unseen(lowered, row, precision)),
         tolerance=precision.tolerance,
     )
 
 
-def _unseen(form: LayerForm, row: int, precision: Precision) -> float:
+def _unseen(lowered: LoweredLayer, row: int, precision: Precision) -> float:
     """The largest magnitude that was rounded on the way to a layer's output and that the output no longer shows.
 
     A kernel sums in float32 at least, so what its own bias takes out was rounded no worse than that.
     """
-    return max(form.left_at(row), form.cancelled_at(row) * TOLERANCE / precision.tolerance)
+    return max(lowered.left_at(row), lowered.cancelled_at(row) * TOLERANCE / precision.tolerance)
 
 
 def relative_error(reference: Array, other: Array, cancelled: float = 0.0) -> float:
@@ -119,7 +119,7 @@ def rms_ratio(difference: Array, reference: Array) -> float:
     return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference)), 1e-30))
 
 
-def require_equal(checks: Sequence[LayerCheck], runtime: str) -> None:
+def require_equal(checks: Sequence[LayerComparison], runtime: str) -> None:
     """Raise what is wrong with the first layer that differs in ``runtime``.
 
     Raises:
@@ -131,7 +131,7 @@ def require_equal(checks: Sequence[LayerCheck], runtime: str) -> None:
 
 
 def _within_rounding(
-    layer: QuantizedLayer, form: LayerForm, row: int, x: Array, codes: NDArray[np.int16], precision: Precision
+    layer: QuantizedLayer, lowered: LoweredLayer, row: int, x: Array, codes: NDArray[np.int16], precision: Precision
 ) -> NDArray[np.bool_]:
     """Where a code is what ``x / (tau * s * 2^-k)`` rounds to but for the rounding errors on the way to it.
 
@@ -141,10 +141,10 @@ def _within_rounding(
     current = min(row, len(layer.scale) - 1)
     scale = np.repeat(layer.scale[current], spec.parts)
     step = layer.tau.astype(np.float64) * scale * np.exp2(-layer.shift.astype(np.float64))
-    value = form.padded(x / along(step, x.ndim, spec.channel_axis))
-    size = np.abs(value) + np.abs(along(form.shift_of_channels(row), x.ndim, spec.channel_axis))
+    value = lowered.padded(x / along(step, x.ndim, spec.channel_axis))
+    size = np.abs(value) + np.abs(along(lowered.shift_of_channels(row), x.ndim, spec.channel_axis))
     zero_point = np.repeat(layer.zero_point[current].astype(np.int16), spec.parts)
     unrounded = value + along(zero_point, x.ndim, spec.channel_axis)
     distance = np.abs(codes - unrounded.clip(0, 2**spec.bits.activation - 1))
-    errors = ROUNDINGS * np.spacing(np.minimum(size, LARGEST).astype(precision.dtype)).astype(np.float64)
+    errors = ROUNDINGS * np.spacing(np.minimum(size, LARGEST_CODE).astype(precision.dtype)).astype(np.float64)
     return np.asarray(distance <= 0.5 + errors)

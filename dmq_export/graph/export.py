@@ -21,9 +21,9 @@ from dmq_export.graph.float16 import to_float16
 from dmq_export.graph.fold import fold_factors
 from dmq_export.graph.integer import lower_integer
 from dmq_export.graph.lower import lower
-from dmq_export.graph.lowered_layer import LayerForm
+from dmq_export.graph.lowered_layer import LoweredLayer
 from dmq_export.graph.portable import lower_portable
-from dmq_export.graph.simplify import clean_graph
+from dmq_export.graph.simplify import simplify_graph
 from dmq_export.graph.step_tables import STEP
 from dmq_export.layer import QuantizedLayer
 from dmq_export.metadata import FACTS, model_facts
@@ -37,7 +37,7 @@ class ExportedGraph:
     """A graph and what was made of each quantized layer in it."""
 
     model: ir.Model
-    forms: Mapping[str, LayerForm]
+    lowered_layers: Mapping[str, LoweredLayer]
     target: Target = "portable"
     dtype: FloatType = "float32"
     batch: Batch | None = None
@@ -45,7 +45,7 @@ class ExportedGraph:
     @property
     def scaled(self) -> dict[str, str]:
         """Why, by layer, the LES and PTS factors stay a ``Mul`` before the quantizer; the portable graph has none."""
-        return {name: form.scaled for name, form in self.forms.items() if form.scaled}
+        return {name: lowered.scaled for name, lowered in self.lowered_layers.items() if lowered.scaled}
 
 
 def require_type(target: Target, dtype: FloatType) -> None:
@@ -69,11 +69,11 @@ def lower_graph(
     Raises:
         ExportError: a layer cannot be lowered.
     """
-    clean_graph(model, None if batch is None else batch.fixed)
+    simplify_graph(model, None if batch is None else batch.fixed)
     if target == "portable":
-        forms = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
+        lowered_layers = lower(model, checkpoint.layers, checkpoint.timesteps, lower_portable)
     else:
-        forms = _lower_folded(model, checkpoint, target, dtype)
+        lowered_layers = _lower_folded(model, checkpoint, target, dtype)
     if dtype == "float16":
         to_float16(model)
     common.RemoveUnusedNodesPass()(model)
@@ -81,20 +81,20 @@ def lower_graph(
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
     model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target, dtype, batch))
-    return ExportedGraph(model, forms, target, dtype, batch)
+    return ExportedGraph(model, lowered_layers, target, dtype, batch)
 
 
-def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target, dtype: FloatType) -> dict[str, LayerForm]:
+def _lower_folded(model: ir.Model, checkpoint: Checkpoint, target: Target, dtype: FloatType) -> dict[str, LoweredLayer]:
     folding = fold_factors(model, checkpoint.layers)
-    forms = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target, dtype))
+    lowered_layers = lower(model, folding.layers, checkpoint.timesteps, lower_integer(target, dtype))
     return {
         name: replace(
-            form,
+            lowered,
             input_factor=folding.input_factor.get(name),
             output_factor=folding.output_factor.get(name),
             scaled=folding.stays.get(name, ""),
         )
-        for name, form in forms.items()
+        for name, lowered in lowered_layers.items()
     }
 
 

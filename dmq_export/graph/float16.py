@@ -17,7 +17,7 @@ from dmq_export.layer import Float
 from dmq_export.target import FloatType
 
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
-LARGEST = float(np.finfo(np.float16).max)
+LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 STOPS = ("Gemm", "MatMul", "Conv", "Gather")  # where float16 begins
 KEPT_INPUTS = {"Resize": (1, 2)}  # region and scales are float32 by definition
@@ -50,7 +50,7 @@ def to_float16(model: ir.Model) -> None:
         _retype_attributes(node)
         for index, constant in enumerate(node.inputs):
             if _is_float_constant(constant) and index not in KEPT_INPUTS.get(node.op_type, ()):
-                node.replace_input_with(index, _half_constant(graph, constant, node))
+                node.replace_input_with(index, _float16_constant(graph, constant, node))
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             graph.initializers.pop(name)
@@ -97,15 +97,15 @@ def _retype_attributes(node: ir.Node) -> None:
         node.attributes[attribute] = ir.AttrInt64(attribute, HALF)
 
 
-def _half_constant(graph: ir.Graph, value: ir.Value, node: ir.Node) -> ir.Value:
+def _float16_constant(graph: ir.Graph, value: ir.Value, node: ir.Node) -> ir.Value:
     """The initializer in float16, made once."""
     name = f"{value.name}/float16"
     if name in graph.initializers:
         return graph.initializers[name]
     assert value.const_value is not None
     numbers = value.const_value.numpy()
-    if np.abs(numbers).max(initial=0) > LARGEST:
-        raise ExportError(f"{value.name} has a value beyond float16's {LARGEST:g}: export with --dtype float32")
+    if np.abs(numbers).max(initial=0) > LARGEST_FLOAT16:
+        raise ExportError(f"{value.name} has a value beyond float16's {LARGEST_FLOAT16:g}: export with --dtype float32")
     if node.op_type in ("QuantizeLinear", "DequantizeLinear") and numbers.min(initial=1) < SMALLEST_NORMAL:
         layer = str(node.name).rpartition("/")[0]
         raise ExportError(

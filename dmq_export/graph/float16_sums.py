@@ -15,16 +15,16 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dmq_export.graph.float16 import LARGEST
+from dmq_export.graph.float16 import LARGEST_FLOAT16
 from dmq_export.graph.node_builder import NodeBuilder
 from dmq_export.layer import Float
 
 PRODUCTS = ("Conv", "MatMul")
 SPLITTER = np.array(2**13 + 1, np.float32)  # Veltkamp's: leaves 11 of float32's 24 bits
-OVERFLOW = np.array(LARGEST + 16, np.float32)  # the least that rounds to infinity
+OVERFLOW = np.array(LARGEST_FLOAT16 + 16, np.float32)  # the least that rounds to infinity
 
 
-def keep_half_sums(model: ir.Model) -> None:
+def keep_float16_sums(model: ir.Model) -> None:
     """Round every integer product of the float16 graph ``model`` as the compiler does, in place."""
     for node in list(model.graph):
         if node.op_type in PRODUCTS and node.outputs[0].dtype in (ir.DataType.FLOAT16, None):
@@ -33,7 +33,7 @@ def keep_half_sums(model: ir.Model) -> None:
                 _insert_rounding(model.graph, node, scales)
 
 
-def half_rounded(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+def float16_rounded(builder: NodeBuilder, value: ir.Value) -> ir.Value:
     """``value`` in float32, rounded as float16 rounds what it holds as a normal number; what overflows is infinite.
 
     Casts there and back would say it more simply, and ONNX Runtime takes them out.
@@ -68,7 +68,7 @@ def _insert_rounding(graph: ir.Graph, node: ir.Node, scales: Float) -> None:
     value = builder.op("Cast", [product], {"to": ir.DataType.FLOAT}, name="float32")
     if scales.size > 1:
         value = builder.op("Div", [value, builder.constant("scales", scales)], name="sum")
-    value = half_rounded(builder, value)
+    value = float16_rounded(builder, value)
     if scales.size > 1:
         factor = builder.constant("half_scales", scales.astype(np.float16).astype(np.float32))
         value = builder.op("Mul", [value, factor], name="scaled")

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dmq_export.graph.fold_rules import BlockedError, Push, only_along, push_factor
+from dmq_export.graph.fold_rules import BlockedError, FactorPath, factor_path, only_along
 from dmq_export.graph.lower import layer_input, layer_nodes
 from dmq_export.graph.lowered_layer import along
 from dmq_export.layer import Float, QuantizedLayer
@@ -59,12 +59,12 @@ def fold_factors(model: ir.Model, layers: Sequence[QuantizedLayer]) -> Folding:
         if all((factor == 1).all() for factor in factors):
             continue
         try:
-            push = _push(x, [by_name[name] for name in names], factors)
-            rows = {name: _rows(by_name[name], factor) for name, factor in push.layers.items()}
+            path = _path(x, [by_name[name] for name in names], factors)
+            rows = {name: _rows(by_name[name], factor) for name, factor in path.layers.items()}
         except BlockedError as blocked:
             stays |= dict.fromkeys(names, str(blocked))
             continue
-        push.apply()
+        path.apply()
         folded |= dict.fromkeys(names, factors[0].astype(np.float32))
         for name, factor in rows.items():
             gained[name] = (gained.get(name, np.float64(1)) * factor).astype(np.float32)
@@ -77,7 +77,7 @@ def _factor(layer: QuantizedLayer) -> NDArray[np.float64]:
     return np.ldexp(1 / layer.tau.astype(np.float64), layer.shift.astype(np.int32))
 
 
-def _push(x: ir.Value, layers: list[QuantizedLayer], factors: list[NDArray[np.float64]]) -> Push:
+def _path(x: ir.Value, layers: list[QuantizedLayer], factors: list[NDArray[np.float64]]) -> FactorPath:
     """The way of the common factor of all that reads ``x`` into what computes it.
 
     Raises:
@@ -91,7 +91,7 @@ def _push(x: ir.Value, layers: list[QuantizedLayer], factors: list[NDArray[np.fl
         raise BlockedError("layers that share its input have other factors")
     if x.shape is None:
         raise BlockedError("its input has no known rank")
-    return push_factor(x, along(factors[0], x.shape.rank(), layers[0].spec.channel_axis))
+    return factor_path(x, along(factors[0], x.shape.rank(), layers[0].spec.channel_axis))
 
 
 def _rows(layer: QuantizedLayer, factor: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ class BlockedError(Exception):
 
 
 @dataclass
-class Push:
+class FactorPath:
     """Where a factor ends, found before anything is changed.
 
     Attributes:
@@ -53,14 +53,14 @@ class Push:
             graph.register_initializer(copy)
             node.replace_input_with(index, copy)
 
-    def join(self, other: Push) -> None:
+    def join(self, other: FactorPath) -> None:
         """Take over what another way found."""
         self.constants += other.constants
         for name, factor in other.layers.items():
             self.layers[name] = self.layers.get(name, np.ones(1)) * factor
 
 
-def push_factor(value: ir.Value, factor: Factor) -> Push:
+def factor_path(value: ir.Value, factor: Factor) -> FactorPath:
     """Where ``factor`` on ``value`` can go; the caller has seen to all that reads ``value``.
 
     Raises:
@@ -72,18 +72,18 @@ def push_factor(value: ir.Value, factor: Factor) -> Push:
     rule = _layer if node.domain == DOMAIN else RULES.get(node.op_type)
     if rule is None:
         raise BlockedError(f"{node.op_type} lies before it")
-    push = Push()
-    rule(push, node, value, factor)
-    return push
+    path = FactorPath()
+    rule(path, node, value, factor)
+    return path
 
 
-def _into(push: Push, node: ir.Node, index: int, factor: Factor) -> None:
+def _into(path: FactorPath, node: ir.Node, index: int, factor: Factor) -> None:
     """Carry ``factor`` into an input of ``node``: a constant, or what computes it."""
     source = node.inputs[index]
     if source is None or source.shape is None:
         raise BlockedError(f"an input of {node.op_type} before it has no known shape")
     if source.const_value is not None and source.producer() is None:
-        push.constants.append((node, index, factor))
+        path.constants.append((node, index, factor))
         return
     if len(source.uses()) > 1 or source.is_graph_output():
         others = sorted({user.op_type for user, _ in source.uses() if user is not node})
@@ -92,35 +92,35 @@ def _into(push: Push, node: ir.Node, index: int, factor: Factor) -> None:
     sizes: list[tuple[int, object]] = list(zip(factor.shape, source.shape, strict=True))
     if any(own not in (1, whole) for own, whole in sizes):
         raise BlockedError(f"{node.op_type} before it spreads an input over the channels")
-    push.join(push_factor(source, factor))
+    path.join(factor_path(source, factor))
 
 
-def _layer(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
-    push.join(Push(layers={node.attributes["layer"].as_string(): factor}))
+def _layer(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+    path.join(FactorPath(layers={node.attributes["layer"].as_string(): factor}))
 
 
-def _norm(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _norm(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     channels = _only(factor, 1 if node.op_type == "GroupNormalization" else factor.ndim - 1, node)
     for index in range(1, len(node.inputs)):
-        _into(push, node, index, channels)
+        _into(path, node, index, channels)
 
 
-def _conv(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _conv(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     rows = _only(factor, 1, node)
-    _into(push, node, 1, rows.reshape(-1, *[1] * (factor.ndim - 1)))
+    _into(path, node, 1, rows.reshape(-1, *[1] * (factor.ndim - 1)))
     if len(node.inputs) > 2:
-        _into(push, node, 2, rows)
+        _into(path, node, 2, rows)
 
 
-def _gemm(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _gemm(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     rows = _only(factor, 1, node)
     transposed = node.attributes.get_int("transB", 0)
-    _into(push, node, 1, rows[:, None] if transposed else rows[None])
+    _into(path, node, 1, rows[:, None] if transposed else rows[None])
     if len(node.inputs) > 2:
-        _into(push, node, 2, rows)
+        _into(path, node, 2, rows)
 
 
-def _matmul(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _matmul(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     """Into the right-hand side: the weight of a linear layer, or the values of attention."""
     if factor.ndim < 2 or factor.shape[-2] != 1:
         raise BlockedError("MatMul before it sums over the channels")
@@ -130,39 +130,39 @@ def _matmul(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     extra = factor.ndim - right.shape.rank()
     if any(size != 1 for size in factor.shape[:extra]):
         raise BlockedError("MatMul before it shares its weight over the channels")
-    _into(push, node, 1, factor.reshape(factor.shape[extra:]))
+    _into(path, node, 1, factor.reshape(factor.shape[extra:]))
 
 
-def _add(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _add(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     for index in range(2):
-        _into(push, node, index, factor)
+        _into(path, node, index, factor)
 
 
-def _product(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _product(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     """Into whichever side takes it."""
     reasons = []
     for index in (0, 1) if node.op_type == "Mul" else (0,):
-        side = Push()
+        side = FactorPath()
         try:
             _into(side, node, index, factor)
         except BlockedError as blocked:
             reasons.append(blocked)
         else:
-            push.join(side)
+            path.join(side)
             return
     raise reasons[0]
 
 
-def _transpose(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _transpose(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     order = node.attributes.get_ints("perm", tuple(reversed(range(factor.ndim))))
-    _into(push, node, 0, factor.transpose(np.argsort(order)))
+    _into(path, node, 0, factor.transpose(np.argsort(order)))
 
 
-def _reshape(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _reshape(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     source = node.inputs[0]
     if source is None or source.shape is None or value.shape is None:
         raise BlockedError(f"{node.op_type} before it has no known shape")
-    _into(push, node, 0, reshaped(factor, list(value.shape), list(source.shape)))
+    _into(path, node, 0, reshaped(factor, list(value.shape), list(source.shape)))
 
 
 def reshaped(factor: Factor, new: list[int | ir.SymbolicDim], old: list[int | ir.SymbolicDim]) -> Factor:
@@ -206,7 +206,7 @@ def _matching(
     return end, stop
 
 
-def _split(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _split(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     """Into one piece; the others are multiplied by one."""
     source = node.inputs[0]
     axis = node.attributes.get_int("axis", 0) % factor.ndim
@@ -219,10 +219,10 @@ def _split(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     assert isinstance(own, int)
     where = [slice(None)] * axis + [slice(before, before + own)]
     whole[tuple(where)] = factor
-    _into(push, node, 0, whole)
+    _into(path, node, 0, whole)
 
 
-def _concat(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _concat(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     axis = node.attributes["axis"].as_int() % factor.ndim
     end = 0
     for index, piece in enumerate(node.inputs):
@@ -231,16 +231,16 @@ def _concat(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
             raise BlockedError("Concat before it has no known sizes")
         own = factor if factor.shape[axis] == 1 else factor.take(range(end, end + size), axis)
         end += size
-        _into(push, node, index, own)
+        _into(path, node, index, own)
 
 
-def _unsqueeze(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
-    _reshape(push, node, value, factor)
+def _unsqueeze(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+    _reshape(path, node, value, factor)
 
 
-def _resize(push: Push, node: ir.Node, value: ir.Value, factor: Factor) -> None:
+def _resize(path: FactorPath, node: ir.Node, value: ir.Value, factor: Factor) -> None:
     _only(factor, 1, node)
-    _into(push, node, 0, factor)
+    _into(path, node, 0, factor)
 
 
 def only_along(factor: Factor, axis: int, what: str) -> Factor:
@@ -258,7 +258,7 @@ def _only(factor: Factor, axis: int, node: ir.Node) -> Factor:
     return only_along(factor, axis, node.op_type)
 
 
-Rule = Callable[[Push, ir.Node, ir.Value, Factor], None]
+Rule = Callable[[FactorPath, ir.Node, ir.Value, Factor], None]
 RULES: dict[str, Rule] = {
     "GroupNormalization": _norm,
     "LayerNormalization": _norm,

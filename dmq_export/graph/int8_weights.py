@@ -17,11 +17,11 @@ from dmq_export.graph.float16 import SMALLEST_NORMAL, held
 from dmq_export.layer import Float, LayerSpec, QuantizedLayer
 from dmq_export.target import FloatType, Target
 
-LARGEST = 127  # TensorRT's int8 kernels and oneDNN's both take -127..127
+LARGEST_INT8_WEIGHT = 127  # TensorRT's int8 kernels and oneDNN's both take -127..127
 
 
 @dataclass(frozen=True)
-class Carrier:
+class Int8Weights:
     """A part's integer weights.
 
     Attributes:
@@ -41,8 +41,8 @@ class Carrier:
         return np.asarray(totals * self.scale.astype(np.float64))
 
 
-def part_carrier(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType = "float32") -> Carrier:
-    """The carrier of ``layer``'s ``part`` for ``target``, its scales as a graph of ``dtype`` holds them.
+def lifted_weights(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType = "float32") -> Int8Weights:
+    """The weights of ``layer``'s ``part`` for ``target``, its scales as a graph of ``dtype`` holds them.
 
     Raises:
         ExportError: ``(2^nw - 1) * 2^(K - k)`` can exceed 127; the layer is named.
@@ -62,8 +62,8 @@ def part_carrier(layer: QuantizedLayer, part: int, target: Target, dtype: FloatT
     scale[dead] = common = _common(scale[~dead])  # their own may be so small that float16 loses it
     codes = np.ascontiguousarray(codes)
     if target == "tensorrt":
-        return Carrier(codes, held(common, dtype), collapsed(held(scale / common, dtype)))
-    return Carrier(codes, held(scale, dtype), np.ones(1, np.float32))
+        return Int8Weights(codes, held(common, dtype), collapsed(held(scale / common, dtype)))
+    return Int8Weights(codes, held(scale, dtype), np.ones(1, np.float32))
 
 
 def _common(scales: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -76,10 +76,10 @@ def _common(scales: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _require_int8(spec: LayerSpec, lift: int) -> None:
     bits = spec.bits.weight
-    if (2**bits - 1) << lift > LARGEST:
+    if (2**bits - 1) << lift > LARGEST_INT8_WEIGHT:
         raise ExportError(
             f"layer {spec.name}: {bits}-bit weights shifted by {lift} reach {(2**bits - 1) << lift}, an int8 kernel "
-            f"takes {LARGEST} at most: calibrate with fewer weight bits, with --pts-layers none, or with "
+            f"takes {LARGEST_INT8_WEIGHT} at most: calibrate with fewer weight bits, with --pts-layers none, or with "
             f"--float-layer {spec.name}; --target portable has no such limit"
         )
 

@@ -1,4 +1,4 @@
-"""The graphs that integer kernels execute: int8 carriers, one constant scale per quantizer (TensorRT, OpenVINO).
+"""The graphs that integer kernels execute: int8 weights, one constant scale per quantizer (TensorRT, OpenVINO).
 
 A layer becomes, without what does not apply to it::
 
@@ -21,11 +21,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dmq_export.graph.activation_codes import Encoding, part_encoding
-from dmq_export.graph.bias_correction import Correction, correction
-from dmq_export.graph.int8_weights import Carrier, part_carrier
+from dmq_export.graph.activation_codes import ActivationCodes, part_activation_codes
+from dmq_export.graph.bias_correction import BiasCorrection, bias_correction
+from dmq_export.graph.int8_weights import Int8Weights, lifted_weights
 from dmq_export.graph.lower import CODES, OUTPUT, LowerLayer, channel_axis
-from dmq_export.graph.lowered_layer import LayerForm
+from dmq_export.graph.lowered_layer import LoweredLayer
 from dmq_export.graph.node_builder import NodeBuilder, conv_attributes
 from dmq_export.graph.step_tables import StepTables
 from dmq_export.layer import Float, LayerSpec, QuantizedLayer
@@ -43,17 +43,17 @@ def lower_integer(target: Target, dtype: FloatType = "float32") -> LowerLayer:
 
     def lower_layer(
         builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, tables: StepTables
-    ) -> tuple[ir.Value, LayerForm]:
+    ) -> tuple[ir.Value, LoweredLayer]:
         parts = range(len(layer.spec.parts))
-        carriers = [part_carrier(layer, part, target, dtype) for part in parts]
-        encodings = [part_encoding(layer, part, target, dtype) for part in parts]
-        bias = correction(layer, encodings, carriers, dtype)
-        form = _form(layer, encodings, bias)
+        part_weights = [lifted_weights(layer, part, target, dtype) for part in parts]
+        activations = [part_activation_codes(layer, part, target, dtype) for part in parts]
+        bias = bias_correction(layer, activations, part_weights, dtype)
+        lowered = _lowered_layer(layer, activations, bias)
         steps = _Steps(builder, tables, layer.spec)
         inputs = _part_inputs(builder, layer.spec, x)
-        pieces = map(_Part, form.suffixes, encodings, carriers, bias.inner)
-        products = [_product(steps, form, part, given) for part, given in zip(pieces, inputs, strict=True)]
-        return _sum(steps, products, bias.outer), form
+        pieces = map(_Part, lowered.suffixes, activations, part_weights, bias.inner)
+        products = [_product(steps, lowered, part, given) for part, given in zip(pieces, inputs, strict=True)]
+        return _sum(steps, products, bias.outer), lowered
 
     return lower_layer
 
@@ -63,8 +63,8 @@ class _Part:
     """One part's numbers; ``suffix`` ends the names of its nodes, ``bias [O]`` is added to its product."""
 
     suffix: str
-    encoding: Encoding
-    carrier: Carrier
+    activation: ActivationCodes
+    weights: Int8Weights
     bias: Float | None
 
 
@@ -91,16 +91,16 @@ class _Steps:
         return self.tables.value(f"{self.builder.prefix}/{name}", rows)
 
 
-def _form(layer: QuantizedLayer, encodings: list[Encoding], bias: Correction) -> LayerForm:
+def _lowered_layer(layer: QuantizedLayer, activations: list[ActivationCodes], bias: BiasCorrection) -> LoweredLayer:
     spec = layer.spec
     rows = len(layer.scale)
-    shift = np.stack([np.broadcast_to(part.shift, rows) for part in encodings], axis=1)
-    return LayerForm(
+    shift = np.stack([np.broadcast_to(part.shift, rows) for part in activations], axis=1)
+    return LoweredLayer(
         spec=spec,
-        suffixes=("",) if len(encodings) == 1 else tuple(f"_{part}" for part in range(len(encodings))),
-        container=encodings[0].container,
+        suffixes=("",) if len(activations) == 1 else tuple(f"_{part}" for part in range(len(activations))),
+        container=activations[0].container,
         zero_point=layer.zero_point.astype(np.int32),
-        offset=np.stack([np.broadcast_to(part.offset, rows) for part in encodings], axis=1),
+        offset=np.stack([np.broadcast_to(part.offset, rows) for part in activations], axis=1),
         shift=shift,
         cancelled=bias.added,
         left=bias.left,
@@ -134,19 +134,19 @@ def _part_inputs(builder: NodeBuilder, spec: LayerSpec, x: ir.Value) -> list[ir.
     return slices
 
 
-def _product(steps: _Steps, form: LayerForm, part: _Part, x: ir.Value) -> ir.Value:
+def _product(steps: _Steps, lowered: LoweredLayer, part: _Part, x: ir.Value) -> ir.Value:
     """One part's operator on its rounded input, in the units of the layer's output."""
-    builder, spec, suffix = steps.builder, form.spec, part.suffix
-    rounded = _rounded(steps, form, suffix, x, part.encoding)
+    builder, spec, suffix = steps.builder, lowered.spec, part.suffix
+    rounded = _rounded(steps, lowered, suffix, x, part.activation)
     linear = spec.kind == "linear"
-    codes = builder.constant(f"weight_codes{suffix}", part.carrier.codes.T if linear else part.carrier.codes)
-    scale = builder.constant(f"weight_scale{suffix}", part.carrier.scale)
-    axis = {"axis": int(linear)} if part.carrier.scale.ndim else {}
+    codes = builder.constant(f"weight_codes{suffix}", part.weights.codes.T if linear else part.weights.codes)
+    scale = builder.constant(f"weight_scale{suffix}", part.weights.scale)
+    axis = {"axis": int(linear)} if part.weights.scale.ndim else {}
     weight = builder.op("DequantizeLinear", [codes, scale], axis, name=f"weight{suffix}")
     if linear:
         product = builder.op("MatMul", [rounded, weight], name=f"product{suffix}")
     else:
-        padding = (0,) * len(spec.padding) if form.padding else spec.padding
+        padding = (0,) * len(spec.padding) if lowered.padding else spec.padding
         bias = [] if part.bias is None else [builder.constant(f"product_bias{suffix}", part.bias)]
         product = builder.op("Conv", [rounded, weight, *bias], conv_attributes(spec, padding), name=f"product{suffix}")
     return _gained(steps, part, product)
@@ -154,7 +154,7 @@ def _product(steps: _Steps, form: LayerForm, part: _Part, x: ir.Value) -> ir.Val
 
 def _gained(steps: _Steps, part: _Part, product: ir.Value) -> ir.Value:
     """The product times the gain of its weights, by output channel, and that of its codes, by step."""
-    gains = {"rescaled": ("rest", part.carrier.gain[None]), "gained": ("gain", part.encoding.gain)}
+    gains = {"rescaled": ("rest", part.weights.gain[None]), "gained": ("gain", part.activation.gain)}
     for node, (name, gain) in gains.items():
         if (gain != 1).any():
             factor = steps.value(f"{name}{part.suffix}", gain)
@@ -162,44 +162,51 @@ def _gained(steps: _Steps, part: _Part, product: ir.Value) -> ir.Value:
     return product
 
 
-def _rounded(steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding) -> ir.Value:
+def _rounded(steps: _Steps, lowered: LoweredLayer, suffix: str, x: ir.Value, activation: ActivationCodes) -> ir.Value:
     """``x / tau * 2^k`` rounded to the part's codes and back, in steps of the constant scale."""
-    builder, scale = steps.builder, encoding.scale
-    if (encoding.ratio != 1).any():  # before the factor: a runtime folds a constant per channel into the quantizer
-        x = builder.op("Mul", [x, steps.value(f"ratio{suffix}", encoding.ratio)], name=f"{STEPPED}{suffix}")
+    builder, scale = steps.builder, activation.scale
+    if (activation.ratio != 1).any():  # before the factor: a runtime folds a constant per channel into the quantizer
+        x = builder.op("Mul", [x, steps.value(f"ratio{suffix}", activation.ratio)], name=f"{STEPPED}{suffix}")
     # OpenVINO (2026.4) loses constant bounds between a factor per channel and the quantizer
-    early = encoding.container is np.uint8 and encoding.bounds is not None and len(encoding.bounds) == 1
+    early = activation.container is np.uint8 and activation.bounds is not None and len(activation.bounds) == 1
     if early:
-        x = _clipped(steps, form, suffix, x, encoding, 1 / encoding.factor.astype(np.float64))
-    if (encoding.factor != 1).any():
-        factor = steps.value(f"factor{suffix}", encoding.factor[None])
+        x = _clipped(steps, lowered, suffix, x, activation, 1 / activation.factor.astype(np.float64))
+    if (activation.factor != 1).any():
+        factor = steps.value(f"factor{suffix}", activation.factor[None])
         x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
-    if form.padding:
-        sides = (0, 0, *form.padding)
+    if lowered.padding:
+        sides = (0, 0, *lowered.padding)
         pads = builder.constant(f"pads{suffix}", np.array([*sides, *sides], np.int64))
         x = builder.op("Pad", [x, pads], name=f"padded{suffix}")
-    if encoding.shift.any():
-        shift = steps.value(f"shift{suffix}", (encoding.shift * scale).astype(np.float32))
+    if activation.shift.any():
+        shift = steps.value(f"shift{suffix}", (activation.shift * scale).astype(np.float32))
         x = builder.op("Add", [x, shift], name=f"shifted{suffix}")
-    if encoding.bounds is not None and not early:
-        x = _clipped(steps, form, suffix, x, encoding, np.ones(1))
+    if activation.bounds is not None and not early:
+        x = _clipped(steps, lowered, suffix, x, activation, np.ones(1))
     qparams = [
         builder.constant(f"scale{suffix}", np.asarray(scale)),
-        builder.constant(f"zero_point{suffix}", np.array(encoding.zero_point, encoding.container)),
+        builder.constant(f"zero_point{suffix}", np.array(activation.zero_point, activation.container)),
     ]
     codes = builder.op("QuantizeLinear", [x, *qparams], name=f"{CODES}{suffix}")
     return builder.op("DequantizeLinear", [codes, *qparams], name=f"rounded_input{suffix}")
 
 
 def _clipped(
-    steps: _Steps, form: LayerForm, suffix: str, x: ir.Value, encoding: Encoding, unit: NDArray[np.float64]
+    steps: _Steps,
+    lowered: LoweredLayer,
+    suffix: str,
+    x: ir.Value,
+    activation: ActivationCodes,
+    unit: NDArray[np.float64],
 ) -> ir.Value:
     """``x`` within the bounds, in steps of ``scale * unit``; ``unit`` is ``[C]`` or ``[1]``."""
-    assert encoding.bounds is not None
+    assert activation.bounds is not None
     builder = steps.builder
-    ends = [(encoding.bounds[:, side, None] * (float(encoding.scale) * unit)).astype(np.float32) for side in range(2)]
+    ends = [
+        (activation.bounds[:, side, None] * (float(activation.scale) * unit)).astype(np.float32) for side in range(2)
+    ]
     low, high = (steps.value(f"{name}{suffix}", end) for name, end in zip(("lowest", "highest"), ends, strict=True))
-    if encoding.container is np.int8 and len(encoding.bounds) == 1:
+    if activation.container is np.int8 and len(activation.bounds) == 1:
         return builder.op("Clip", [x, low, high], name=f"clipped{suffix}")
     # Clip takes scalars; these are rows of a table, or one per channel
     raised = builder.op("Max", [x, low], name=f"raised{suffix}")

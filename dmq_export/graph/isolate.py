@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from dmq_export.errors import ExportError
 from dmq_export.graph.lower import CODES, OUTPUT
-from dmq_export.graph.lowered_layer import LayerForm, LayerValues, PartValues
+from dmq_export.graph.lowered_layer import LayerValues, LoweredLayer, PartValues
 
-Forms = Mapping[str, LayerForm]
+LoweredLayers = Mapping[str, LoweredLayer]
 QUANTIZER = {
     "Mul",
     "Pad",
@@ -23,7 +23,7 @@ QUANTIZER = {
 }  # what lies between a layer's input and its codes
 
 
-def cut_graph(model: ir.Model, forms: Forms) -> None:
+def isolate_layers(model: ir.Model, lowered_layers: LoweredLayers) -> None:
     """Cut ``model`` at every layer, in place.
 
     Each quantizer of a layer gains the graph inputs ``<layer>/given_input`` and ``<layer>/given_codes``, which it and
@@ -32,9 +32,9 @@ def cut_graph(model: ir.Model, forms: Forms) -> None:
     there may magnify what the layer rounded), and the graph output ``<layer>/output``.
     """
     values = ir.convenience.create_value_mapping(model.graph)
-    for name, form in forms.items():
-        for suffix in form.suffixes:
-            _cut_quantizer(model.graph, name, suffix, values[f"{name}/{CODES}{suffix}"], form)
+    for name, lowered in lowered_layers.items():
+        for suffix in lowered.suffixes:
+            _cut_quantizer(model.graph, name, suffix, values[f"{name}/{CODES}{suffix}"], lowered)
         _cut_output(model.graph, name, values[f"{name}/{OUTPUT}"])
 
 
@@ -46,9 +46,9 @@ def _cut_output(graph: ir.Graph, name: str, output: ir.Value) -> None:
     graph.outputs.append(output)
 
 
-def _cut_quantizer(graph: ir.Graph, name: str, suffix: str, codes: ir.Value, form: LayerForm) -> None:
+def _cut_quantizer(graph: ir.Graph, name: str, suffix: str, codes: ir.Value, lowered: LoweredLayer) -> None:
     first, x = _quantizer_input(name, codes)
-    integers = ir.TensorType(ir.DataType.from_numpy(np.dtype(form.container)))
+    integers = ir.TensorType(ir.DataType.from_numpy(np.dtype(lowered.container)))
     spatial_free = ir.Shape([None] * len(x.shape or ()))  # an explicit Pad makes the codes larger than the input
     given_codes = ir.Value(name=f"{name}/given_codes{suffix}", type=integers, shape=spatial_free)
     given_input = ir.Value(name=f"{name}/given_input{suffix}", type=x.type, shape=x.shape)
@@ -62,24 +62,29 @@ def _cut_quantizer(graph: ir.Graph, name: str, suffix: str, codes: ir.Value, for
     graph.outputs.extend([copy.outputs[0], codes])
 
 
-def cut_inputs(forms: Forms, reference: Mapping[str, LayerValues], row: int) -> dict[str, NDArray[Any]]:
-    """The reference's values at the step of ``row`` for the inputs that :func:`cut_graph` adds."""
+def isolated_inputs(
+    lowered_layers: LoweredLayers, reference: Mapping[str, LayerValues], row: int
+) -> dict[str, NDArray[Any]]:
+    """The reference's values at the step of ``row`` for the inputs that :func:`isolate_layers` adds."""
     inputs: dict[str, NDArray[Any]] = {}
     for name, values in reference.items():
-        for suffix, part in forms[name].given(values, row).items():
+        for suffix, part in lowered_layers[name].given(values, row).items():
             inputs |= {f"{name}/given_input{suffix}": part.input, f"{name}/given_codes{suffix}": part.codes}
-        inputs[f"{name}/given_output"] = forms[name].expected(values, row).output
+        inputs[f"{name}/given_output"] = lowered_layers[name].expected(values, row).output
     return inputs
 
 
-def cut_outputs(forms: Forms, outputs: Mapping[str, NDArray[Any]], row: int) -> dict[str, LayerValues]:
+def isolated_outputs(
+    lowered_layers: LoweredLayers, outputs: Mapping[str, NDArray[Any]], row: int
+) -> dict[str, LayerValues]:
     """What a cut graph said, layer by layer, in the reference's codes."""
     said = {}
-    for name, form in forms.items():
+    for name, lowered in lowered_layers.items():
         parts = [
-            PartValues(outputs[f"{name}/input{suffix}"], outputs[f"{name}/{CODES}{suffix}"]) for suffix in form.suffixes
+            PartValues(outputs[f"{name}/input{suffix}"], outputs[f"{name}/{CODES}{suffix}"])
+            for suffix in lowered.suffixes
         ]
-        said[name] = form.seen(parts, outputs[f"{name}/{OUTPUT}"], row)
+        said[name] = lowered.seen(parts, outputs[f"{name}/{OUTPUT}"], row)
     return said
 
 

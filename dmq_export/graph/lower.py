@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from dmq_export.errors import ExportError
-from dmq_export.graph.lowered_layer import LayerForm
+from dmq_export.graph.lowered_layer import LoweredLayer
 from dmq_export.graph.marker import DOMAIN
 from dmq_export.graph.node_builder import NodeBuilder
 from dmq_export.graph.step_tables import StepTables
@@ -17,13 +17,13 @@ from dmq_export.layer import LayerSpec, QuantizedLayer
 
 CODES, OUTPUT = "codes", "output"  # what every lowered layer calls its integer input and its result
 
-LowerLayer = Callable[[NodeBuilder, QuantizedLayer, ir.Value, StepTables], tuple[ir.Value, LayerForm]]
+LowerLayer = Callable[[NodeBuilder, QuantizedLayer, ir.Value, StepTables], tuple[ir.Value, LoweredLayer]]
 """``(builder, layer, input, tables of the graph) -> (output, what was made of it)``"""
 
 
 def lower(
     model: ir.Model, layers: tuple[QuantizedLayer, ...], timesteps: NDArray[np.float32], lower_layer: LowerLayer
-) -> dict[str, LayerForm]:
+) -> dict[str, LoweredLayer]:
     """Replace every ``dmq::Layer`` node of ``model`` in place; returns what was made of each layer.
 
     Precondition: the ``layer`` attributes of these nodes name ``layers``, each once. Postcondition: no such node
@@ -39,11 +39,11 @@ def lower(
         odd = sorted(set(nodes) ^ set(by_name))[0]
         raise ExportError(f"layer {odd}: the traced graph and the checkpoint disagree on whether it exists")
     steps = StepTables(model.graph, timesteps)
-    forms = {}
+    lowered_layers = {}
     for name, node in nodes.items():
         y = node.outputs[0]
         builder = NodeBuilder(model.graph, name)
-        output, forms[name] = lower_layer(builder, by_name[name], layer_input(node), steps)
+        output, lowered_layers[name] = lower_layer(builder, by_name[name], layer_input(node), steps)
         output.shape, output.type = y.shape, y.type
         # not onnx_ir's replace_nodes_and_values: that gives the new output the old one's name
         ir.convenience.replace_all_uses_with(y, output)
@@ -51,7 +51,7 @@ def lower(
         model.graph.remove(node, safe=True)
     steps.finish()
     model.opset_imports.pop(DOMAIN, None)
-    return forms
+    return lowered_layers
 
 
 def layer_nodes(model: ir.Model) -> dict[str, ir.Node]:

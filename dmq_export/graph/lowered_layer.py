@@ -31,7 +31,7 @@ class PartValues(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerForm:
+class LoweredLayer:
     """What a lowering made of a layer; ``T`` steps (1 where they agree), ``P`` parts.
 
     Attributes:
@@ -93,7 +93,7 @@ class LayerForm:
         offset = along(self._channels(self.offset, row), codes.ndim, axis).astype(np.int16)
         return LayerValues(np.concatenate([part.input for part in parts], axis), codes + offset, output)
 
-    def zero_point_added(self) -> LayerForm:
+    def zero_point_added(self) -> LoweredLayer:
         """The form of a kernel that adds its zero point before it rounds: at the precision of that sum."""
         return replace(self, shift=self.zero_point - self.offset)
 
@@ -117,11 +117,11 @@ class LayerForm:
         return np.repeat(table[min(row, len(table) - 1)], self.spec.parts)
 
 
-def plain_form(layer: QuantizedLayer) -> LayerForm:
+def plainly_lowered(layer: QuantizedLayer) -> LoweredLayer:
     """One quantizer whose codes are ``q_x`` itself."""
     zero_point = layer.zero_point.astype(np.int32)
     none = np.zeros_like(zero_point)
-    return LayerForm(layer.spec, ("",), np.uint8, zero_point, none, none, np.zeros(1), np.zeros(1))
+    return LoweredLayer(layer.spec, ("",), np.uint8, zero_point, none, none, np.zeros(1), np.zeros(1))
 
 
 def along(values: NDArray[Number], rank: int, axis: int) -> NDArray[Number]:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from dmq_export.graph.lower import CODES, OUTPUT, channel_axis
-from dmq_export.graph.lowered_layer import LayerForm, plain_form
+from dmq_export.graph.lowered_layer import LoweredLayer, plainly_lowered
 from dmq_export.graph.node_builder import NodeBuilder, conv_attributes
 from dmq_export.graph.step_tables import StepTables
 from dmq_export.layer import QuantizedLayer
@@ -28,7 +28,7 @@ from dmq_export.layer import QuantizedLayer
 
 def lower_portable(
     builder: NodeBuilder, layer: QuantizedLayer, x: ir.Value, steps: StepTables
-) -> tuple[ir.Value, LayerForm]:
+) -> tuple[ir.Value, LoweredLayer]:
     """The nodes of one layer, see :data:`dmq_export.graph.lower.LowerLayer`."""
     spec = layer.spec
     axis = {"axis": channel_axis(spec, x)}
@@ -39,7 +39,7 @@ def lower_portable(
         largest = builder.constant("largest_code", np.array(2**spec.bits.activation - 1, np.uint8))
         codes = builder.op("Clip", [codes, None, largest], name=CODES)
     rounded = builder.op("DequantizeLinear", [codes, scale, zero_point], axis, name="rounded_input")
-    return _operator(builder, layer, rounded), plain_form(layer)
+    return _operator(builder, layer, rounded), plainly_lowered(layer)
 
 
 def _activation_qparams(

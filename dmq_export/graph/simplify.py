@@ -16,7 +16,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules th
 ROOT = "network."  # what the tracer calls the denoiser
 
 
-def clean_graph(model: ir.Model, batch: int | None = None) -> None:
+def simplify_graph(model: ir.Model, batch: int | None = None) -> None:
     """Simplify, name and strip ``model`` in place; give the batch axis a size where ``batch`` says one.
 
     Postcondition: it computes what it did; nodes are called ``<module>/<operator>`` after the model's modules,

@@ -14,10 +14,10 @@ from dmq_export.commands.export import export_graph
 from dmq_export.commands.verify import StepDrift, Verification, _require_no_drift, verify
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError
-from dmq_export.graph.compare import TOLERANCE, LayerCheck
+from dmq_export.graph.compare import TOLERANCE, LayerComparison
 from dmq_export.graph.export import ExportedGraph, serialized
-from dmq_export.graph.isolate import cut_graph
-from dmq_export.graph.lowered_layer import plain_form
+from dmq_export.graph.isolate import isolate_layers
+from dmq_export.graph.lowered_layer import plainly_lowered
 
 CONV = "down_blocks.0.resnets.0.conv1"
 QUERY = "mid_block.attentions.0.to_q"
@@ -30,8 +30,8 @@ def model(tiny_onnx: Path) -> ir.Model:
 
 
 def run(model: ir.Model, checkpoint: Checkpoint) -> Verification:
-    forms = {layer.spec.name: plain_form(layer) for layer in checkpoint.layers}
-    return verify(ExportedGraph(model, forms), checkpoint, Progress(show=False))
+    lowered_layers = {layer.spec.name: plainly_lowered(layer) for layer in checkpoint.layers}
+    return verify(ExportedGraph(model, lowered_layers), checkpoint, Progress(show=False))
 
 
 def change(model: ir.Model, name: str, edit: Callable[[np.ndarray], None]) -> None:
@@ -177,7 +177,7 @@ def test_drift_that_nothing_explains_is_an_error_that_names_the_step(
 
 
 def test_a_verification_adds_its_ties_and_keeps_its_largest_error() -> None:
-    checks = (LayerCheck("a", 2, 0, 1e-6, 0.0), LayerCheck("b", 3, 0, 0.0, 4e-6))
+    checks = (LayerComparison("a", 2, 0, 1e-6, 0.0), LayerComparison("b", 3, 0, 0.0, 4e-6))
     result = Verification(checks, ())
     assert (result.ties, result.largest_error) == (5, 4e-6)
 
@@ -227,9 +227,9 @@ def test_the_cut_graph_runs_on_openvinos_integer_kernels(for_openvino: ExportedG
     from tests.support.precision import INTEGERS, executed_precision
 
     cut = for_openvino.model.clone()
-    cut_graph(cut, for_openvino.forms)
-    for name, kinds in executed_precision(serialized(cut), list(for_openvino.forms)).items():
-        assert len(kinds) == len(for_openvino.forms[name].suffixes), name
+    isolate_layers(cut, for_openvino.lowered_layers)
+    for name, kinds in executed_precision(serialized(cut), list(for_openvino.lowered_layers)).items():
+        assert len(kinds) == len(for_openvino.lowered_layers[name].suffixes), name
         assert set(kinds) <= set(INTEGERS), name
 
 
@@ -243,8 +243,9 @@ def test_without_openvino_it_is_said(
 
 
 def test_a_lowered_graph_is_the_reference(lowered: ExportedGraph, tiny_checkpoint: Checkpoint) -> None:
-    assert any(form.input_factor is not None for form in lowered.forms.values())  # folding is verified too
-    assert any(form.padding for form in lowered.forms.values())  # and so are borders
+    layers = lowered.lowered_layers.values()
+    assert any(layer.input_factor is not None for layer in layers)  # folding is verified too
+    assert any(layer.padding for layer in layers)  # and so are borders
     result = verify(lowered, tiny_checkpoint, Progress(show=False))
     assert all(check.wrong_codes == 0 for check in result.checks)
     assert result.largest_error <= TOLERANCE

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from layers import conv2d, linear, random_layer, specs
 from oracle import dequantize_weight, shift_of_columns
 
-from dmq_export.graph.activation_codes import Encoding, part_encoding
-from dmq_export.graph.bias_correction import Correction, correction
-from dmq_export.graph.int8_weights import part_carrier
+from dmq_export.graph.activation_codes import ActivationCodes, part_activation_codes
+from dmq_export.graph.bias_correction import BiasCorrection, bias_correction
+from dmq_export.graph.int8_weights import lifted_weights
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from dmq_export.target import FloatType, Target
 
@@ -19,16 +19,16 @@ DTYPES = ("float32", "float16")
 TARGETS = ("tensorrt", "openvino")
 
 
-def corrected(layer: QuantizedLayer, target: Target, dtype: FloatType) -> tuple[list[Encoding], Correction]:
+def corrected(layer: QuantizedLayer, target: Target, dtype: FloatType) -> tuple[list[ActivationCodes], BiasCorrection]:
     parts = range(len(layer.spec.parts))
-    encodings = [part_encoding(layer, part, target, dtype) for part in parts]
-    carriers = [part_carrier(layer, part, target, dtype) for part in parts]
-    return encodings, correction(layer, encodings, carriers, dtype)
+    activations = [part_activation_codes(layer, part, target, dtype) for part in parts]
+    part_weights = [lifted_weights(layer, part, target, dtype) for part in parts]
+    return activations, bias_correction(layer, activations, part_weights, dtype)
 
 
 def gains(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType) -> np.ndarray:
     """``[O]``: what is multiplied behind a part's product."""
-    return np.broadcast_to(part_carrier(layer, part, target, dtype).gain, layer.spec.out_channels).astype(np.float64)
+    return np.broadcast_to(lifted_weights(layer, part, target, dtype).gain, layer.spec.out_channels).astype(np.float64)
 
 
 def weight_sums(layer: QuantizedLayer, part: int, target: Target, dtype: FloatType) -> np.ndarray:
@@ -50,12 +50,12 @@ def test_a_layer_of_zeros_gives_its_bias(
 ) -> None:
     """Where ``q_x = z`` everywhere, the kernel sees the shift alone."""
     layer = random_layer(replace(spec, bits=replace(spec.bits, weight=3)), steps=steps, seed=seed)
-    encodings, result = corrected(layer, target, dtype)
+    activations, result = corrected(layer, target, dtype)
     for row in range(steps):
         total, size = np.zeros(spec.out_channels), 1.0
-        for part, encoding in enumerate(encodings):
-            gain, shift = (float(table[min(row, len(table) - 1)]) for table in (encoding.gain, encoding.shift))
-            added = float(encoding.scale) * shift * weight_sums(layer, part, target, dtype)
+        for part, activation in enumerate(activations):
+            gain, shift = (float(table[min(row, len(table) - 1)]) for table in (activation.gain, activation.shift))
+            added = float(activation.scale) * shift * weight_sums(layer, part, target, dtype)
             inner = result.inner[part]
             total += gain * (added + (0 if inner is None else inner * gains(layer, part, target, dtype)))
             size += np.abs(added).max()
@@ -117,9 +117,9 @@ def test_nothing_is_added_to_a_layer_without_bias_and_shift() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_inside_the_operator_is_one_that_the_graph_holds(dtype: FloatType) -> None:
     layer = random_layer(conv2d(parts=(4, 3), kernel=(1, 1), padding=(0, 0)), steps=3)
-    encodings, result = corrected(layer, "tensorrt", dtype)
-    carriers = [part_carrier(layer, part, "tensorrt", dtype) for part in range(2)]
-    inside = [*result.inner, *(carrier.scale for carrier in carriers), *(carrier.gain for carrier in carriers)]
-    inside += [number for each in encodings for number in (each.scale, each.gain, each.ratio, each.factor)]
+    activations, result = corrected(layer, "tensorrt", dtype)
+    part_weights = [lifted_weights(layer, part, "tensorrt", dtype) for part in range(2)]
+    inside = [*result.inner, *(weights.scale for weights in part_weights), *(weights.gain for weights in part_weights)]
+    inside += [number for each in activations for number in (each.scale, each.gain, each.ratio, each.factor)]
     for values in inside:
         np.testing.assert_array_equal(values, np.asarray(values).astype(dtype))

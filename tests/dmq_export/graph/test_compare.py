@@ -12,13 +12,13 @@ from oracle import layer_output, quantize_input
 from dmq_export.errors import CheckFailedError
 from dmq_export.graph.compare import (
     TOLERANCE,
-    LayerCheck,
-    check_layer,
+    LayerComparison,
+    compare_layer,
     relative_error,
     require_equal,
     rms_ratio,
 )
-from dmq_export.graph.lowered_layer import LayerValues, plain_form
+from dmq_export.graph.lowered_layer import LayerValues, plainly_lowered
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 NAN, INF = float("nan"), float("inf")
@@ -49,8 +49,8 @@ def codes_of(x: np.ndarray, codes: np.ndarray) -> LayerValues:
 def test_equal_values_pass(spec: LayerSpec, steps: int, seed: int) -> None:
     layer = random_layer(spec, steps=steps, seed=seed)
     reference = values(layer, random_input(spec, seed=seed), steps - 1)
-    check = check_layer(layer, plain_form(layer), steps - 1, reference, reference)
-    assert check == LayerCheck(spec.name, ties=0, wrong_codes=0, input_error=0.0, output_error=0.0)
+    check = compare_layer(layer, plainly_lowered(layer), steps - 1, reference, reference)
+    assert check == LayerComparison(spec.name, ties=0, wrong_codes=0, input_error=0.0, output_error=0.0)
     assert check.failure is None
     require_equal([check], "a runtime")
 
@@ -63,7 +63,7 @@ def test_a_code_that_differs_where_there_is_no_tie_fails(spec: LayerSpec, seed: 
     where = np.unravel_index(data.draw(st.integers(0, reference.codes.size - 1)), reference.codes.shape)
     codes = reference.codes.copy()
     codes[where] ^= 1
-    check = check_layer(layer, plain_form(layer), 0, reference, replace(reference, codes=codes))
+    check = compare_layer(layer, plainly_lowered(layer), 0, reference, replace(reference, codes=codes))
     assert (check.ties, check.wrong_codes) == (0, 1)
     assert check.failure == f"layer {spec.name}: 1 activation codes differ from the reference"
 
@@ -84,7 +84,7 @@ def test_codes_that_differ_at_ties_are_counted_and_do_not_fail(spec: LayerSpec, 
     down, up = (below + zero_point).clip(0, highest), (below + 1 + zero_point).clip(0, highest)
     output = np.ones(1, np.float32)
     reference, graph = LayerValues(x, down.astype(np.uint8), output), LayerValues(x, up.astype(np.uint8), output)
-    check = check_layer(layer, plain_form(layer), row, reference, graph)
+    check = compare_layer(layer, plainly_lowered(layer), row, reference, graph)
     assert (check.ties, check.wrong_codes) == ((down != up).sum(), 0)
     assert check.failure is None
 
@@ -93,7 +93,7 @@ def ties_and_wrong_codes(value: np.float32, below: float) -> tuple[int, int]:
     """What eight ``value`` are taken for whose codes are ``below`` in the reference and one more in the graph."""
     x = np.full((1, 1, 8), value, np.float32)
     codes = np.full_like(x, below)
-    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 1))
+    check = compare_layer(PLAIN, plainly_lowered(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 1))
     return check.ties, check.wrong_codes
 
 
@@ -120,7 +120,7 @@ def test_a_value_more_ulps_away_than_roundings_explain_is_none(value: float, ulp
 def test_a_tie_excuses_one_step_and_no_more() -> None:
     x = np.full((1, 1, 8), 2.5, np.float32)
     codes = np.full_like(x, 102)
-    check = check_layer(PLAIN, plain_form(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 2))
+    check = compare_layer(PLAIN, plainly_lowered(PLAIN), 0, codes_of(x, codes), codes_of(x, codes + 2))
     assert (check.ties, check.wrong_codes) == (0, 8)
 
 
@@ -130,7 +130,7 @@ def test_ties_are_those_of_the_step_that_was_run() -> None:
     x = np.full((1, 1, 8), 0.5, np.float32)  # 0.5 steps in the first row, 1.25 in the second
     codes = np.full_like(x, 100)
     at_first, at_second = (
-        check_layer(layer, plain_form(layer), row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1)
+        compare_layer(layer, plainly_lowered(layer), row, codes_of(x, codes), codes_of(x, codes + 1)) for row in (0, 1)
     )
     assert (at_first.ties, at_second.wrong_codes) == (8, 8)
 
@@ -138,7 +138,7 @@ def test_ties_are_those_of_the_step_that_was_run() -> None:
 def test_a_static_layer_has_the_same_ties_at_every_step() -> None:
     x = np.full((1, 1, 8), 0.5, np.float32)
     codes = np.full_like(x, 100)
-    assert check_layer(PLAIN, plain_form(PLAIN), 2, codes_of(x, codes), codes_of(x, codes + 1)).ties == 8
+    assert compare_layer(PLAIN, plainly_lowered(PLAIN), 2, codes_of(x, codes), codes_of(x, codes + 1)).ties == 8
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_values_may_differ_by_the_tolerance_and_no_more(what: str, message: str)
     for share, fails in ((0.5, False), (2.0, True)):
         changed = original.copy()
         changed[where] += share * TOLERANCE * np.abs(original).max()
-        check = check_layer(layer, plain_form(layer), 0, reference, replace(reference, **{what: changed}))
+        check = compare_layer(layer, plainly_lowered(layer), 0, reference, replace(reference, **{what: changed}))
         assert getattr(check, f"{what}_error") == pytest.approx(share * TOLERANCE, rel=0.1)
         assert (check.failure or "").startswith(message) is fails
 
@@ -169,7 +169,7 @@ def test_what_is_not_finite_never_passes(what: str, bad: float) -> None:
     for pair in ((reference, broken), (broken, broken), (broken, reference)):
         # a NaN input has no codes to compare with; the error is what counts
         with np.errstate(invalid="ignore"):
-            assert check_layer(layer, plain_form(layer), 0, *pair).failure is not None
+            assert compare_layer(layer, plainly_lowered(layer), 0, *pair).failure is not None
 
 
 def test_relative_error_is_of_the_largest_magnitude() -> None:
@@ -190,7 +190,7 @@ def test_rms_ratio_is_of_root_mean_squares() -> None:
 
 
 def test_the_first_layer_that_differs_is_named() -> None:
-    fine = LayerCheck("fine", 3, 0, TOLERANCE, TOLERANCE)
+    fine = LayerComparison("fine", 3, 0, TOLERANCE, TOLERANCE)
     bad, worse = replace(fine, name="bad", wrong_codes=2), replace(fine, name="worse", output_error=1.0)
     require_equal([], "a runtime")
     require_equal([fine, fine], "a runtime")

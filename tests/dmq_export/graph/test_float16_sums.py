@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from layers import TIMESTEPS, conv2d, linear, marked_model, random_input, random_layer
 from oracle import layer_output, quantize_input
 
-from dmq_export.graph.compare import FLOAT16, LayerCheck, check_layer
+from dmq_export.graph.compare import FLOAT16, LayerComparison, compare_layer
 from dmq_export.graph.export import serialized
 from dmq_export.graph.float16 import to_float16
-from dmq_export.graph.float16_sums import half_rounded, keep_half_sums
+from dmq_export.graph.float16_sums import float16_rounded, keep_float16_sums
 from dmq_export.graph.integer import lower_integer
-from dmq_export.graph.isolate import cut_graph, cut_inputs, cut_outputs
+from dmq_export.graph.isolate import isolate_layers, isolated_inputs, isolated_outputs
 from dmq_export.graph.lower import lower
-from dmq_export.graph.lowered_layer import LayerForm, LayerValues
+from dmq_export.graph.lowered_layer import LayerValues, LoweredLayer
 from dmq_export.graph.node_builder import NodeBuilder
 from dmq_export.layer import LayerSpec, QuantizedLayer
 from engines.onnxruntime import OnnxSession
@@ -28,11 +28,11 @@ from engines.tensorrt.profile import ShapeRange
 WIDE = linear(parts=(512,), scheme="symmetric")
 
 
-def lowered(layer: QuantizedLayer, x: np.ndarray) -> tuple[ir.Model, dict[str, LayerForm]]:
+def lowered(layer: QuantizedLayer, x: np.ndarray) -> tuple[ir.Model, dict[str, LoweredLayer]]:
     model = marked_model(layer.spec, x)
-    forms = lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt", "float16"))
+    lowered_layers = lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt", "float16"))
     to_float16(model)
-    return model, forms
+    return model, lowered_layers
 
 
 def scaled_per_channel(model: ir.Model, layer: QuantizedLayer) -> None:
@@ -47,19 +47,19 @@ def scaled_per_channel(model: ir.Model, layer: QuantizedLayer) -> None:
     node.attributes["axis"] = ir.AttrInt64("axis", int(layer.spec.kind == "linear"))
 
 
-def checked(layer: QuantizedLayer, *, per_channel: bool) -> LayerCheck:
+def checked(layer: QuantizedLayer, *, per_channel: bool) -> LayerComparison:
     x = random_input(layer.spec)
-    model, forms = lowered(layer, x)
+    model, lowered_layers = lowered(layer, x)
     if per_channel:
         scaled_per_channel(model, layer)
-    cut_graph(model, forms)
-    keep_half_sums(model)
+    isolate_layers(model, lowered_layers)
+    keep_float16_sums(model)
     output = layer_output(layer, x).astype(np.float32)
     oracle = {layer.spec.name: LayerValues(x, quantize_input(layer, x), output)}
-    inputs = {"sample": x, "timestep": TIMESTEPS[0], **cut_inputs(forms, oracle, 0)}
-    said = cut_outputs(forms, OnnxSession(serialized(model)).run(inputs), 0)
-    (name,) = forms
-    return check_layer(layer, forms[name], 0, oracle[name], said[name], FLOAT16)
+    inputs = {"sample": x, "timestep": TIMESTEPS[0], **isolated_inputs(lowered_layers, oracle, 0)}
+    said = isolated_outputs(lowered_layers, OnnxSession(serialized(model)).run(inputs), 0)
+    (name,) = lowered_layers
+    return compare_layer(layer, lowered_layers[name], 0, oracle[name], said[name], FLOAT16)
 
 
 def large_sums(spec: LayerSpec) -> QuantizedLayer:
@@ -100,7 +100,7 @@ def test_rounding_is_that_of_float16(values: list[float]) -> None:
     x = ir.Value(name="x", shape=shape, type=kind)
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="rounding")
     builder = NodeBuilder(graph, "y")
-    rounded = half_rounded(builder, x)
+    rounded = float16_rounded(builder, x)
     rounded.shape, rounded.type = shape, kind
     graph.extend(builder.nodes)
     graph.outputs.append(rounded)

@@ -13,7 +13,7 @@ from oracle import layer_output, operate
 
 from dmq_export.graph.export import serialized
 from dmq_export.graph.fold import fold_factors
-from dmq_export.graph.fold_rules import BlockedError, push_factor, reshaped
+from dmq_export.graph.fold_rules import BlockedError, factor_path, reshaped
 from dmq_export.graph.lower import lower
 from dmq_export.graph.portable import lower_portable
 from dmq_export.layer import QuantizedLayer
@@ -239,7 +239,7 @@ def test_a_float_convolution_takes_the_factor_in_its_rows() -> None:
     net.graph.outputs.append(conv)
     weight, bias = (value.const_value.numpy().copy() for value in conv.producer().inputs[1:])
     factor = np.arange(1.0, 6)
-    push_factor(conv, factor.reshape(1, 5, 1, 1)).apply()
+    factor_path(conv, factor.reshape(1, 5, 1, 1)).apply()
     after = [value.const_value.numpy() for value in conv.producer().inputs[1:]]
     x = RNG.standard_normal((2, 4, 3, 3))
     spec = conv2d(parts=(4,), out_channels=5, kernel=(1, 1), padding=(0, 0))

@@ -12,10 +12,10 @@ from oracle import layer_output, quantize_input
 
 from dmq_export.bits import Bits
 from dmq_export.errors import ExportError
-from dmq_export.graph.compare import LayerCheck, check_layer
+from dmq_export.graph.compare import LayerComparison, compare_layer
 from dmq_export.graph.export import serialized
 from dmq_export.graph.integer import lower_integer
-from dmq_export.graph.isolate import cut_graph, cut_inputs, cut_outputs
+from dmq_export.graph.isolate import isolate_layers, isolated_inputs, isolated_outputs
 from dmq_export.graph.lower import lower
 from dmq_export.graph.lowered_layer import LayerValues
 from dmq_export.layer import LayerSpec, QuantizedLayer
@@ -32,17 +32,17 @@ def lowered(layer: QuantizedLayer, x: np.ndarray, target: Target) -> ir.Model:
     return model
 
 
-def checked(layer: QuantizedLayer, x: np.ndarray, target: Target, row: int) -> LayerCheck:
+def checked(layer: QuantizedLayer, x: np.ndarray, target: Target, row: int) -> LayerComparison:
     """The lowered layer's pieces, each given the oracle's values, compared with the oracle."""
     spec = layer.spec
     model = marked_model(spec, x)
-    forms = lower(model, (layer,), TIMESTEPS, lower_integer(target))
-    cut_graph(model, forms)
+    lowered_layers = lower(model, (layer,), TIMESTEPS, lower_integer(target))
+    isolate_layers(model, lowered_layers)
     codes = quantize_input(layer, x, row)
     oracle = {spec.name: LayerValues(x, codes, layer_output(layer, x, row).astype(np.float32))}
-    inputs = {"sample": x, "timestep": TIMESTEPS[row], **cut_inputs(forms, oracle, row)}
-    outputs = cut_outputs(forms, OnnxSession(serialized(model)).run(inputs), row)
-    return check_layer(layer, forms[spec.name], row, oracle[spec.name], outputs[spec.name])
+    inputs = {"sample": x, "timestep": TIMESTEPS[row], **isolated_inputs(lowered_layers, oracle, row)}
+    outputs = isolated_outputs(lowered_layers, OnnxSession(serialized(model)).run(inputs), row)
+    return compare_layer(layer, lowered_layers[spec.name], row, oracle[spec.name], outputs[spec.name])
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -11,9 +11,9 @@ from oracle import layer_output, quantize_input
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.graph.compare import rms_ratio
 from dmq_export.graph.export import serialized
-from dmq_export.graph.isolate import cut_graph, cut_inputs, cut_outputs
+from dmq_export.graph.isolate import isolate_layers, isolated_inputs, isolated_outputs
 from dmq_export.graph.lower import lower
-from dmq_export.graph.lowered_layer import LayerForm, LayerValues, plain_form
+from dmq_export.graph.lowered_layer import LayerValues, LoweredLayer, plainly_lowered
 from dmq_export.graph.portable import lower_portable
 from dmq_export.layer import QuantizedLayer
 from engines.onnxruntime import OnnxSession
@@ -24,10 +24,10 @@ Arrays = dict[str, np.ndarray]
 def cut_layer(layer: QuantizedLayer, x: np.ndarray, given: LayerValues) -> LayerValues:
     """What a graph of one layer says when the network's input is ``x`` and the layer is ``given`` other values."""
     model = marked_model(layer.spec, x)
-    forms = lower(model, (layer,), TIMESTEPS, lower_portable)
-    cut_graph(model, forms)
-    inputs = {"sample": x, "timestep": np.float32(100), **cut_inputs(forms, {layer.spec.name: given}, 0)}
-    return cut_outputs(forms, OnnxSession(serialized(model)).run(inputs), 0)[layer.spec.name]
+    lowered_layers = lower(model, (layer,), TIMESTEPS, lower_portable)
+    isolate_layers(model, lowered_layers)
+    inputs = {"sample": x, "timestep": np.float32(100), **isolated_inputs(lowered_layers, {layer.spec.name: given}, 0)}
+    return isolated_outputs(lowered_layers, OnnxSession(serialized(model)).run(inputs), 0)[layer.spec.name]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -44,14 +44,14 @@ def test_each_piece_of_a_layer_follows_from_what_it_is_given(name: str) -> None:
     np.testing.assert_allclose(values.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max() + 1e-6)
 
 
-def plain_forms(checkpoint: Checkpoint) -> dict[str, LayerForm]:
-    return {layer.spec.name: plain_form(layer) for layer in checkpoint.layers}
+def all_plainly_lowered(checkpoint: Checkpoint) -> dict[str, LoweredLayer]:
+    return {layer.spec.name: plainly_lowered(layer) for layer in checkpoint.layers}
 
 
 @pytest.fixture(scope="module")
 def pieces(tiny_onnx: Path, tiny_checkpoint: Checkpoint) -> OnnxSession:
     model = ir.load(tiny_onnx)
-    cut_graph(model, plain_forms(tiny_checkpoint))
+    isolate_layers(model, all_plainly_lowered(tiny_checkpoint))
     return OnnxSession(serialized(model))
 
 
@@ -144,9 +144,9 @@ def test_a_cut_network_given_its_own_values_is_the_network(
 
 def test_cutting_leaves_the_values_that_are_compared(tiny_onnx: Path, tiny_checkpoint: Checkpoint) -> None:
     model = ir.load(tiny_onnx)
-    forms = plain_forms(tiny_checkpoint)
-    names = list(forms)
-    cut_graph(model, forms)
+    lowered_layers = all_plainly_lowered(tiny_checkpoint)
+    names = list(lowered_layers)
+    isolate_layers(model, lowered_layers)
     assert {value.name for value in model.graph.inputs} == {
         "sample",
         "timestep",
@@ -162,7 +162,7 @@ def test_cutting_leaves_the_values_that_are_compared(tiny_onnx: Path, tiny_check
 def test_reference_values_become_the_inputs_of_the_cut() -> None:
     layer = random_layer(linear(name="a.b"))
     values = LayerValues(*(np.full((1, 1, 8), i) for i in range(3)))
-    given = cut_inputs({"a.b": plain_form(layer)}, {"a.b": values}, 0)
+    given = isolated_inputs({"a.b": plainly_lowered(layer)}, {"a.b": values}, 0)
     assert {name.removeprefix("a.b/given_"): int(value.flat[0]) for name, value in given.items()} == {
         "input": 0,
         "codes": 1,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from layers import linear, random_layer
 
-from dmq_export.graph.lowered_layer import plain_form
+from dmq_export.graph.lowered_layer import plainly_lowered
 
 
 @pytest.mark.parametrize(
@@ -18,5 +18,5 @@ def test_a_kernel_that_adds_its_zero_point_adds_the_code_of_zero(
     offset: list[list[int]], added: list[list[int]]
 ) -> None:
     zero_point = np.array([[4], [40]])
-    form = replace(plain_form(random_layer(linear())), zero_point=zero_point, offset=np.array(offset))
-    assert form.zero_point_added().shift.tolist() == added
+    lowered = replace(plainly_lowered(random_layer(linear())), zero_point=zero_point, offset=np.array(offset))
+    assert lowered.zero_point_added().shift.tolist() == added
