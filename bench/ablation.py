@@ -39,7 +39,7 @@ from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.layer import LayerSpec
-from dmq_export.metadata import facts_from_json, model_facts
+from dmq_export.metadata import export_metadata, metadata_from_json
 from dmq_export.recipe import Recipe, recipe_from
 from dmq_export.sampling.images import psnr
 
@@ -148,8 +148,8 @@ def score(source: SourceModel, recipe: Recipe) -> Score:
 
 def _pictures(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     """Final samples of the float model and of the reference from the same noise."""
-    facts = facts_from_json(model_facts(checkpoint, "reference"))
-    reference = Engine("reference", "torch", fake_quantized_denoiser(checkpoint, torch.device("cpu")), facts)
+    metadata = metadata_from_json(export_metadata(checkpoint, "reference"))
+    reference = Engine("reference", "torch", fake_quantized_denoiser(checkpoint, torch.device("cpu")), metadata)
     settings = SampleSettings(count=PICTURES, seed=1000 + checkpoint.recipe["seed"], null_label=NO_LABEL, batch=64)
     for engine in (float_engine("digits", reference), reference):
         yield draw_samples(engine, settings, Progress(show=False))

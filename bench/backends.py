@@ -46,7 +46,7 @@ def float_trajectory(engine: Engine, settings: SampleSettings) -> tuple[list[tup
 
 def drawn(engine: Engine, settings: SampleSettings) -> Array:
     """All samples in one batch."""
-    conditioning = conditioning_for(engine.facts, settings)
+    conditioning = conditioning_for(engine.metadata, settings)
     return draw_samples(engine, settings, Progress(show=False), conditioning)
 
 
@@ -57,8 +57,8 @@ def rms(values: Array) -> float:
 def rows(checkpoint: Path, graphs: list[Path], model: str, settings: SampleSettings) -> Iterator[tuple[str, ...]]:
     """The yardstick's, then one per graph and backend."""
     model_reference = load_fake_quantized(load_checkpoint(checkpoint), CPU)
-    facts = open_engine(checkpoint).facts
-    reference = Engine("reference", "torch", TorchDenoiser(model_reference, CPU), facts)
+    metadata = open_engine(checkpoint).metadata
+    reference = Engine("reference", "torch", TorchDenoiser(model_reference, CPU), metadata)
     asked, float_samples = float_trajectory(float_engine(model, reference), settings)
     float_said = [float_engine(model, reference).denoise(x, t, **given) for x, t, given in asked]
     said = [reference.denoise(x, t, **given) for x, t, given in asked]

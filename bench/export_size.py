@@ -89,7 +89,7 @@ def make(size: Size, folder: Path) -> dict[str, int]:
     from calib.model.layers import select_layers
     from calib.model.load import SourceModel
     from dmq_export.bits import Bits
-    from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, save_checkpoint
+    from dmq_export.checkpoint import Checkpoint, Probe, SourceInfo, save_checkpoint
     from dmq_export.recipe import recipe_from
 
     with torch.device("meta"):  # neither memory nor arithmetic: shapes are all that is needed
@@ -110,7 +110,7 @@ def make(size: Size, folder: Path) -> dict[str, int]:
         name: value.cpu().numpy() for name, value in example_conditioning(size.class_name, config, 2).items()
     }
     checkpoint = Checkpoint(
-        model=ModelFacts(size.class_name, config, {}, "0" * 64),
+        model=SourceInfo(size.class_name, config, {}, "0" * 64),
         recipe={**vars(recipe_from("fast")), "bits": "w4a8"},
         timesteps=np.array([999], np.float32),
         layers=tuple(_random_layer(spec, rng) for spec in coverage.quantized),

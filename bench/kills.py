@@ -20,7 +20,7 @@ from pathlib import Path
 
 from random_unet import save_unet
 
-from dmq_export.checkpoint import FACTS, TENSORS
+from dmq_export.checkpoint import MANIFEST, TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["--samples=20", "--steps=3", "--les-iters=10", "--rounding=adaround", "--round-iters=5", "--workers=2"]
@@ -55,7 +55,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def contents(folder: Path) -> tuple[bytes, ...]:
-    return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
+    return tuple((folder / name).read_bytes() for name in (MANIFEST, TENSORS))
 
 
 def killed_at(model: Path, output: Path, moment: float) -> str:

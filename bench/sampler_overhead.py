@@ -57,7 +57,7 @@ class Meter:
 def seconds_of(engine: Engine, settings: SampleSettings, clock: Clock) -> tuple[float, float, float]:
     """Of one batch: in the engine, outside it, and of that in the scheduler's own code."""
     whole, inside, scheduler = Meter(clock), Meter(clock), Meter(clock)
-    config, name = engine.facts.config, settings.scheduler
+    config, name = engine.metadata.config, settings.scheduler
     conditioning = Conditioning(made_up(str(config.get("_class_name")), config, engine.inputs, settings.count))
     own = Ddim if name == "ddim" else getattr(diffusers, SCHEDULERS[str(name)])
     metered: dict[str, Any] = {

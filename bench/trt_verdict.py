@@ -33,7 +33,7 @@ def verdict(checkpoint_folder: Path, folder: Path) -> bool:
     from dmq_export.checkpoint import load_checkpoint
     from engines.onnxruntime import OnnxRuntimeDenoiser
     from engines.tensorrt.engine import TensorRtDenoiser
-    from engines.tensorrt.plan_file import read_facts
+    from engines.tensorrt.plan_file import read_plan_metadata
 
     probe = load_checkpoint(checkpoint_folder).probe
     portable = OnnxRuntimeDenoiser(folder / "portable.onnx")
@@ -47,9 +47,9 @@ def verdict(checkpoint_folder: Path, folder: Path) -> bool:
         good &= drift <= error  # false for NaN too
         rows.append((f"{timestep:g}", f"{drift:.1e}", f"{error:.1e}", "yes" if drift <= error else "NO"))
     print(table(("timestep", "engine to portable", "portable to float", "below it"), rows, right=(0, 1, 2)))
-    facts = read_facts(folder / "int8.plan")
-    integer = facts.layers.get("int8", 0) if facts.kernels is None else len(facts.kernels.integer)
-    print(f"{facts.machine.title}: {integer} {'layers' if facts.kernels is None else 'products'} run in Int8")
+    metadata = read_plan_metadata(folder / "int8.plan")
+    integer = metadata.layers.get("int8", 0) if metadata.kernels is None else len(metadata.kernels.integer)
+    print(f"{metadata.machine.title}: {integer} {'layers' if metadata.kernels is None else 'products'} run in Int8")
     return good and integer > 0
 
 

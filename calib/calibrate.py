@@ -26,7 +26,7 @@ from calib.run.evaluate import probe_of
 from calib.run.plan import CalibrationPlan, Resources, make_plan
 from calib.run.processes import ProcessGroup, process_group
 from dmq_export import __version__
-from dmq_export.checkpoint import Checkpoint, ModelFacts, require_place, save_checkpoint
+from dmq_export.checkpoint import Checkpoint, SourceInfo, require_place, save_checkpoint
 from dmq_export.common.memory import peak_memory, peaks
 from dmq_export.common.progress import Progress
 from dmq_export.errors import ModelError
@@ -198,7 +198,7 @@ def _checkpoint(run: RunContext) -> Checkpoint:
     held_out = stages.record(run, "held-out trajectories", recipe.check_samples, held_out=True)
     quantized_names = {layer.spec.name for layer in layers}
     return Checkpoint(
-        model=_model_facts(source, recipe),
+        model=_export_metadata(source, recipe),
         recipe=recipe.to_json(),
         timesteps=calibration.timesteps.numpy(),
         layers=tuple(layers),
@@ -235,9 +235,9 @@ def _run_facts(progress: Progress, plan: CalibrationPlan) -> dict[str, Any]:
     }
 
 
-def _model_facts(source: SourceModel, recipe: Recipe) -> ModelFacts:
+def _export_metadata(source: SourceModel, recipe: Recipe) -> SourceInfo:
     scheduler = build_scheduler(source.scheduler, recipe.scheduler, recipe.steps, source.config)
-    return ModelFacts(
+    return SourceInfo(
         class_name=source.class_name,
         config=dict(source.config),
         scheduler=json.loads(scheduler.to_json_string()),

@@ -21,12 +21,12 @@ from dmq_export.errors import CheckpointError, DmqError
 from dmq_export.layer import LayerSpec, QuantizedLayer
 
 SCHEMA = 1
-FACTS, TENSORS, RUN = "dmq.json", "dmq.safetensors", "run.json"
+MANIFEST, TENSORS, RUN = "dmq.json", "dmq.safetensors", "run.json"
 Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class SourceInfo:
     """Where the weights came from.
 
     Attributes:
@@ -82,7 +82,7 @@ class Checkpoint:
         versions: of the tool and its libraries.
     """
 
-    model: ModelFacts
+    model: SourceInfo
     recipe: Mapping[str, Any]
     timesteps: NDArray[np.float32]
     layers: tuple[QuantizedLayer, ...]
@@ -126,10 +126,10 @@ def save_checkpoint(
             save_file(_tensors(checkpoint), scratch / TENSORS)
         except SafetensorError as error:
             raise DmqError(f"{folder} cannot be written: {error}") from error
-        facts = _facts(checkpoint) | {"tensors_sha256": sha256(scratch / TENSORS)}
-        for name, content in ((FACTS, facts), (RUN, dict(run))):
+        manifest = _manifest(checkpoint) | {"tensors_sha256": sha256(scratch / TENSORS)}
+        for name, content in ((MANIFEST, manifest), (RUN, dict(run))):
             (scratch / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (scratch / TENSORS).chmod((scratch / FACTS).stat().st_mode)  # safetensors writes for the owner alone
+        (scratch / TENSORS).chmod((scratch / MANIFEST).stat().st_mode)  # safetensors writes for the owner alone
 
 
 def require_place(folder: Path, *, replace_existing: bool) -> None:
@@ -139,7 +139,7 @@ def require_place(folder: Path, *, replace_existing: bool) -> None:
         DmqError: as :func:`save_checkpoint`.
     """
     require_free(folder, replace=replace_existing)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise DmqError(f"{folder} is not empty and no checkpoint, so it is not replaced: choose another path")
 
 
@@ -150,20 +150,20 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         CheckpointError: it is not a checkpoint, is of another schema, or is damaged.
     """
     folder = Path(folder)
-    if not (folder / FACTS).is_file():
-        raise CheckpointError(f"{folder} is not a DMQ checkpoint: it has no {FACTS}")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is not a DMQ checkpoint: it has no {MANIFEST}")
     try:
-        facts = read_json(folder / FACTS)
+        manifest = read_json(folder / MANIFEST)
     except DmqError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
-    if facts.get("schema") != SCHEMA:
+    if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{folder / FACTS} has schema {facts.get('schema')!r}, this version reads {SCHEMA}: "
+            f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: "
             "calibrate again, or use the version that wrote it"
         )
-    tensors = _read_tensors(folder / TENSORS, str(facts.get("tensors_sha256")))
+    tensors = _read_tensors(folder / TENSORS, str(manifest.get("tensors_sha256")))
     try:
-        return _checkpoint(facts, tensors)
+        return _checkpoint(manifest, tensors)
     except CheckpointError:
         raise
     except (AttributeError, DmqError, KeyError, TypeError, ValueError) as error:
@@ -178,14 +178,14 @@ def _read_tensors(path: Path, digest: str) -> Tensors:
     if not path.is_file():
         raise CheckpointError(f"damaged checkpoint: {path} is missing")
     if sha256(path) != digest:
-        raise CheckpointError(f"damaged checkpoint: {path} does not have the sha256 that {FACTS} records")
+        raise CheckpointError(f"damaged checkpoint: {path} does not have the sha256 that {MANIFEST} records")
     try:
         return dict(load_file(path))
     except SafetensorError as error:
         raise CheckpointError(f"damaged checkpoint: {path}: {error}") from error
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "versions": dict(checkpoint.versions),
@@ -218,13 +218,13 @@ def _tensors(checkpoint: Checkpoint) -> Tensors:
     return {name: np.asarray(value, order="C") for name, value in tensors.items()}
 
 
-def _checkpoint(facts: dict[str, Any], tensors: Tensors) -> Checkpoint:
+def _checkpoint(manifest: dict[str, Any], tensors: Tensors) -> Checkpoint:
     return Checkpoint(
-        model=ModelFacts(**facts["model"]),
-        recipe=facts["recipe"],
-        timesteps=np.asarray(facts["timesteps"], np.float32),
-        layers=_layers([_spec(entry) for entry in facts["layers"]], tensors),
-        float_layers=tuple(FloatLayer(**entry) for entry in facts["float_layers"]),
+        model=SourceInfo(**manifest["model"]),
+        recipe=manifest["recipe"],
+        timesteps=np.asarray(manifest["timesteps"], np.float32),
+        layers=_layers([_spec(entry) for entry in manifest["layers"]], tensors),
+        float_layers=tuple(FloatLayer(**entry) for entry in manifest["float_layers"]),
         float_tensors=_below("float/", tensors),
         probe=Probe(
             timesteps=tensors["probe/timesteps"],
@@ -232,8 +232,8 @@ def _checkpoint(facts: dict[str, Any], tensors: Tensors) -> Checkpoint:
             prediction=tensors["probe/prediction"],
             conditioning=_below("probe/conditioning/", tensors),
         ),
-        metrics=facts["metrics"],
-        versions=facts["versions"],
+        metrics=manifest["metrics"],
+        versions=manifest["versions"],
     )
 
 

@@ -9,12 +9,12 @@ from dmq_export.batch import Batch
 from dmq_export.checkpoint import Checkpoint
 from dmq_export.errors import DmqError
 
-FACTS = "dmq"  # the ONNX metadata key that holds the facts as JSON
+METADATA_KEY = "dmq"  # the ONNX metadata key that holds it as JSON
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExportMetadata:
     """What must be known of a quantized network to sample it.
 
     Attributes:
@@ -46,10 +46,10 @@ class Facts:
         return bool(self.recipe["scales"] == "per-step")
 
 
-def model_facts(
+def export_metadata(
     checkpoint: Checkpoint, target: str, dtype: str = "float32", batch: Batch | None = None
 ) -> dict[str, Any]:
-    """The facts of a graph exported from ``checkpoint`` for ``target``, as JSON values.
+    """The metadata of a graph exported from ``checkpoint`` for ``target``, as JSON values.
 
     ``batch`` becomes its smallest, usual and largest size.
     """
@@ -69,31 +69,31 @@ def model_facts(
     }
 
 
-def read_facts(metadata: Mapping[str, str], name: object) -> Facts:
-    """The facts among the metadata of the file called ``name``.
+def read_metadata(metadata: Mapping[str, str], name: object) -> ExportMetadata:
+    """Ours among the metadata of the file called ``name``.
 
     Raises:
         DmqError: there are none, or they are damaged or of another schema.
     """
-    if FACTS not in metadata:
-        raise DmqError(f"{name} was not exported by dmq-export: it carries no {FACTS!r} metadata")
+    if METADATA_KEY not in metadata:
+        raise DmqError(f"{name} was not exported by dmq-export: it carries no {METADATA_KEY!r} metadata")
     try:
-        return facts_from_json(json.loads(metadata[FACTS]))
+        return metadata_from_json(json.loads(metadata[METADATA_KEY]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DmqError(
-            f"{name} carries damaged {FACTS!r} metadata ({type(error).__name__} {error}): export it again"
+            f"{name} carries damaged {METADATA_KEY!r} metadata ({type(error).__name__} {error}): export it again"
         ) from error
 
 
-def facts_from_json(values: Mapping[str, Any]) -> Facts:
-    """The facts that :func:`model_facts` wrote.
+def metadata_from_json(values: Mapping[str, Any]) -> ExportMetadata:
+    """The metadata that :func:`export_metadata` wrote.
 
     Raises:
         KeyError, TypeError, ValueError: they are not of this schema.
     """
     if values["schema"] != SCHEMA:
         raise ValueError(f"schema {values['schema']!r}, {SCHEMA} was expected")
-    facts = Facts(
+    metadata = ExportMetadata(
         target=str(values["target"]),
         bits=str(values["bits"]),
         config=dict(values["config"]),
@@ -102,6 +102,6 @@ def facts_from_json(values: Mapping[str, Any]) -> Facts:
         timesteps=tuple(float(timestep) for timestep in values["timesteps"]),
         batch=None if values["batch"] is None else Batch(*map(int, values["batch"])),
     )
-    if not facts.timesteps or facts.steps < 1 or facts.recipe["scales"] not in ("static", "per-step"):
+    if not metadata.timesteps or metadata.steps < 1 or metadata.recipe["scales"] not in ("static", "per-step"):
         raise ValueError("no calibrated steps, or scales that are neither static nor per step")
-    return facts
+    return metadata

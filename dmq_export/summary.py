@@ -118,7 +118,7 @@ class OnnxSummary:
         products: convolutions and matrix products by what they multiply: ``int8``, ``quantized`` (another type, or
             only one side) and ``float``.
         weights: by type, how many initializers and bytes.
-        facts: what our export says of the model; None for files of other tools.
+        metadata: what our export says of the model; None for files of other tools.
     """
 
     path: Path
@@ -132,7 +132,7 @@ class OnnxSummary:
     float_products: tuple[str, ...]
     weights: Mapping[str, tuple[int, int]]
     file_bytes: int
-    facts: Mapping[str, Any] | None
+    metadata: Mapping[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -158,18 +158,19 @@ class OnnxSummary:
 
     def _float(self) -> str:
         """The float layers with their reasons, where the file tells them; else the float operators."""
-        reasons = (self.facts or {}).get("float_layers")
+        reasons = (self.metadata or {}).get("float_layers")
         if isinstance(reasons, dict):
             return table(("float", "reason"), [(name, str(reason)) for name, reason in reasons.items()])
         return "float: " + (", ".join(self.float_products) or "none")
 
     def _origin(self) -> str:
-        if self.facts is None:
+        if self.metadata is None:
             return "no dmq-export metadata: made by another tool"
-        facts = self.facts
+        metadata = self.metadata
         return (
-            f"{facts.get('bits')} {facts.get('model')} for {facts.get('target')}, {len(facts.get('timesteps', ()))} "
-            f"calibrated timesteps, from weights {str(facts.get('weights_sha256'))[:12]}"
+            f"{metadata.get('bits')} {metadata.get('model')} for {metadata.get('target')}, "
+            f"{len(metadata.get('timesteps', ()))} calibrated timesteps, "
+            f"from weights {str(metadata.get('weights_sha256'))[:12]}"
         )
 
 
@@ -205,7 +206,7 @@ def inspect_onnx(path: Path) -> OnnxSummary:
     Raises:
         DmqError: it is no ONNX file.
     """
-    from dmq_export.graph.onnx_file import external_files, facts_of, load_onnx
+    from dmq_export.graph.onnx_file import external_files, load_onnx, metadata_of
     from dmq_export.lint.view import QdqGraph, with_types
 
     model = load_onnx(path)
@@ -224,7 +225,7 @@ def inspect_onnx(path: Path) -> OnnxSummary:
         float_products=float_products,
         weights=_weights(model),
         file_bytes=sum(each.stat().st_size for each in files),
-        facts=facts_of(model),
+        metadata=metadata_of(model),
     )
 
 

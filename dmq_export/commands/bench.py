@@ -140,7 +140,7 @@ def bench_engines(
     calls = {f"{index}": one.evaluate for index, one in enumerate(contestants)}
     with progress.stage("bench", len(calls) * settings.repeat, "evaluation") as advance:
         latencies = list(measure_interleaved(calls, settings.repeat, advance).values())
-    steps = contestants[0].engine.facts.steps
+    steps = contestants[0].engine.metadata.steps
     baseline = latencies[0].percentile(50)
     timings = (_timing(*pair, baseline, steps) for pair in zip(contestants, latencies, strict=True))
     return Bench(settings, steps, tuple(timings), tuple(_notes(contestants)))
@@ -148,13 +148,13 @@ def bench_engines(
 
 def _notes(contestants: Sequence[_Contestant]) -> Iterator[str]:
     """What is timed other than samples of the user's would be."""
-    facts = contestants[0].engine.facts
-    told = [argument.name for argument in arguments(str(facts.config.get("_class_name")), facts.config)]
+    metadata = contestants[0].engine.metadata
+    told = [argument.name for argument in arguments(str(metadata.config.get("_class_name")), metadata.config)]
     text = [name for name in told if name != LABELS]
     if text:
         yield f"told random numbers as {', '.join(text)}: the time does not depend on the prompt"
     for one in contestants:
-        made_for = None if one.engine.backend == "torch" else one.engine.facts.batch
+        made_for = None if one.engine.backend == "torch" else one.engine.metadata.batch
         fixed = made_for.fixed if made_for else None
         if fixed and one.batch % fixed:
             padded = fixed * math.ceil(one.batch / fixed)
@@ -176,7 +176,7 @@ def _contestant(name: str, opener: Callable[[], Engine], settings: BenchSettings
     memory, start = current_memory(), time.perf_counter()
     engine = opener()
     loaded = time.perf_counter()
-    made_for = engine.facts.batch
+    made_for = engine.metadata.batch
     batch = settings.batch or (1 if made_for is None else made_for.usual)
     evaluate = _evaluation(engine, batch)
     for round_number in range(settings.warm_up):
@@ -187,9 +187,9 @@ def _contestant(name: str, opener: Callable[[], Engine], settings: BenchSettings
 
 def _evaluation(engine: Engine, batch: int) -> Callable[[int], Any]:
     """One evaluation of ``batch`` samples; the timesteps of the calibration take turns."""
-    timesteps = engine.facts.timesteps
-    sample = initial_noise(sample_shape(engine.facts.config), range(batch), 0)
-    config = engine.facts.config
+    timesteps = engine.metadata.timesteps
+    sample = initial_noise(sample_shape(engine.metadata.config), range(batch), 0)
+    config = engine.metadata.config
     conditioning = made_up(str(config.get("_class_name")), config, engine.inputs, batch)
     return lambda number: engine.denoise(sample, timesteps[number % len(timesteps)], **conditioning)
 
@@ -197,7 +197,7 @@ def _evaluation(engine: Engine, batch: int) -> Callable[[int], Any]:
 def _require_one_model(contestants: Sequence[_Contestant]) -> None:
     first = contestants[0]
     for other in contestants[1:]:
-        shapes = [sample_shape(one.engine.facts.config) for one in (first, other)]
+        shapes = [sample_shape(one.engine.metadata.config) for one in (first, other)]
         if shapes[0] != shapes[1]:
             raise DmqError(f"{first.name} makes samples of {shapes[0]}, {other.name} of {shapes[1]}: bench one model")
 

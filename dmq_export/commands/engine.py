@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
-from dmq_export.checkpoint import load_checkpoint
+from dmq_export.checkpoint import MANIFEST, load_checkpoint
 from dmq_export.common.bundled import model_folder
 from dmq_export.common.extras import install
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts, facts_from_json, model_facts, read_facts
+from dmq_export.metadata import ExportMetadata, export_metadata, metadata_from_json, read_metadata
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +43,14 @@ class Engine:
         name: for tables and captions.
         backend: what executes it.
         denoise: the contract above.
-        facts: its model, and how it was calibrated.
+        metadata: its model, and how it was calibrated.
         inputs: shapes ``[N, ...]`` of the conditioning by name; a size that is no number varies.
     """
 
     name: str
     backend: str
     denoise: Denoise
-    facts: Facts
+    metadata: ExportMetadata
     inputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
@@ -88,7 +87,7 @@ def open_engine(
         DmqError: ``path`` is none of them, does not suit the backend, or does not load.
     """
     path = Path(path)
-    if path.is_dir() and (path / CHECKPOINT_FACTS).is_file():
+    if path.is_dir() and (path / MANIFEST).is_file():
         return _open_checkpoint(path, execution)
     if path.suffix == ".onnx" and path.is_file():
         return _open_onnx(path, execution)
@@ -108,12 +107,12 @@ def float_engine(model: str, like: Engine) -> Engine:
     from calib.model.denoiser import float_denoiser
     from calib.model.load import load_model
 
-    size = like.facts.recipe.get("sample_size")
+    size = like.metadata.recipe.get("sample_size")
     source = load_model(model_folder(model), torch.device("cpu"), sample_size=size)
-    expected = sample_shape(like.facts.config)
+    expected = sample_shape(like.metadata.config)
     if source.sample_shape != expected:
         raise DmqError(f"{model} makes samples of {source.sample_shape}, the engine of {expected}")
-    return Engine("float", "torch", float_denoiser(source), like.facts, like.inputs)
+    return Engine("float", "torch", float_denoiser(source), like.metadata, like.inputs)
 
 
 def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
@@ -126,9 +125,9 @@ def _open_checkpoint(folder: Path, execution: Execution) -> Engine:
         torch.set_num_threads(execution.threads)
     device = _torch_device(execution.provider)
     checkpoint = load_checkpoint(folder)
-    facts = facts_from_json(model_facts(checkpoint, "reference"))
+    metadata = metadata_from_json(export_metadata(checkpoint, "reference"))
     inputs = {name: ("batch", *value.shape[1:]) for name, value in checkpoint.probe.conditioning.items()}
-    return Engine(facts.bits, "torch", fake_quantized_denoiser(checkpoint, device), facts, inputs)
+    return Engine(metadata.bits, "torch", fake_quantized_denoiser(checkpoint, device), metadata, inputs)
 
 
 def _torch_device(provider: str | None) -> torch.device:
@@ -149,12 +148,12 @@ def _torch_device(provider: str | None) -> torch.device:
 def _open_onnx(path: Path, execution: Execution) -> Engine:
     from dmq_export.graph.onnx_metadata import onnx_metadata
 
-    facts = read_facts(onnx_metadata(path), path)
-    made_for_openvino = facts.target == "openvino"
+    metadata = read_metadata(onnx_metadata(path), path)
+    made_for_openvino = metadata.target == "openvino"
     able: tuple[Backend, ...] = ("openvino", "onnxruntime") if made_for_openvino else ("onnxruntime", "openvino")
     backend = _backend(path, execution, able)
     denoiser = _onnx_denoiser(path, backend, execution)
-    return Engine(facts.bits, backend, denoiser, facts, _conditioning(denoiser.inputs))
+    return Engine(metadata.bits, backend, denoiser, metadata, _conditioning(denoiser.inputs))
 
 
 def _conditioning(inputs: Mapping[str, Input]) -> dict[str, Sequence[Any]]:
@@ -173,17 +172,17 @@ def _onnx_denoiser(path: Path, backend: Backend, execution: Execution) -> OpenVi
 
 def _open_plan(path: Path, execution: Execution, note: Callable[[str], None]) -> Engine:
     from engines.tensorrt.engine import TensorRtDenoiser
-    from engines.tensorrt.plan_file import RUNTIME_NAMES, read_facts
+    from engines.tensorrt.plan_file import RUNTIME_NAMES, read_plan_metadata
 
     _require_able(path, execution, tuple(RUNTIME_NAMES))
-    runtime = read_facts(path).runtime
+    runtime = read_plan_metadata(path).runtime
     _require_able(path, execution, (runtime,))
     _require_provider(path, execution, runtime)
     denoiser = TensorRtDenoiser(path, note=note)
-    if denoiser.facts.facts is None:
-        raise DmqError(f"{path} was built from an ONNX file of another tool: its facts lack what sampling needs")
-    facts = facts_from_json(denoiser.facts.facts)
-    return Engine(facts.bits, runtime, denoiser, facts, _conditioning(denoiser.inputs))
+    if denoiser.metadata.metadata is None:
+        raise DmqError(f"{path} was built from an ONNX file of another tool: its metadata lacks what sampling needs")
+    metadata = metadata_from_json(denoiser.metadata.metadata)
+    return Engine(metadata.bits, runtime, denoiser, metadata, _conditioning(denoiser.inputs))
 
 
 def _backend(path: Path, execution: Execution, able: tuple[Backend, ...]) -> Backend:

@@ -13,7 +13,7 @@ from dmq_export.errors import DmqError
 from dmq_export.summary import CheckpointSummary, OnnxSummary, inspect_checkpoint, inspect_onnx
 
 if TYPE_CHECKING:
-    from engines.tensorrt.plan_file import PlanFacts
+    from engines.tensorrt.plan_file import PlanMetadata
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PlanSummary:
     path: Path
     file_bytes: int
     intact: bool
-    facts: PlanFacts
+    metadata: PlanMetadata
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -31,43 +31,45 @@ class PlanSummary:
 
     def text(self) -> str:
         """Where it runs, what it takes, what it is made of."""
-        facts = self.facts
+        metadata = self.metadata
         shapes = [
             (name, *("x".join(map(str, shape)) or "scalar" for shape in (each.minimum, each.optimum, each.maximum)))
-            for name, each in facts.shapes.items()
+            for name, each in metadata.shapes.items()
         ]
-        known = facts.facts
+        known = metadata.metadata
         model = "a model of another tool" if known is None else f"{known.get('bits')} {known.get('model')}"
         state = "as built" if self.intact else "CHANGED since it was built: it will be refused"
         return "\n\n".join(
             [
-                f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n{_where(facts)}",
+                f"plan {self.path} of {model}, {in_words(self.file_bytes)}, {state}\n{_where(metadata)}",
                 table(("input", "smallest", "most frequent", "largest"), shapes),
-                _made_of(facts),
-                "from " + ", ".join(f"{name} ({digest[:12]})" for name, digest in facts.onnx_sha256.items()),
+                _made_of(metadata),
+                "from " + ", ".join(f"{name} ({digest[:12]})" for name, digest in metadata.onnx_sha256.items()),
             ]
         )
 
 
-def _where(facts: PlanFacts) -> str:
+def _where(metadata: PlanMetadata) -> str:
     """What built it, and where it runs."""
-    machine = facts.machine
+    machine = metadata.machine
     built = f"built with {machine.title} on {machine.platform}"
-    if facts.runtime == "tensorrt-rtx":
-        return f"{built} for GPUs of compute capability {', '.join(facts.capabilities)}"
+    if metadata.runtime == "tensorrt-rtx":
+        return f"{built} for GPUs of compute capability {', '.join(metadata.capabilities)}"
     return (
         f"{built} for {machine.gpu} (compute capability {machine.compute_capability})\n"
-        f"version compatible: {_yes(facts.version_compatible)}, hardware compatible: "
-        f"{facts.hardware_compatible}, weights inside: {_yes(not facts.stripped)}"
+        f"version compatible: {_yes(metadata.version_compatible)}, hardware compatible: "
+        f"{metadata.hardware_compatible}, weights inside: {_yes(not metadata.stripped)}"
     )
 
 
-def _made_of(facts: PlanFacts) -> str:
+def _made_of(metadata: PlanMetadata) -> str:
     from engines.tensorrt.summary import summary_text
 
-    if facts.kernels is not None:
-        return summary_text(facts.kernels, facts.float16)
-    return table(("engine layers", "count"), [(name, str(count)) for name, count in facts.layers.items()], right=(1,))
+    if metadata.kernels is not None:
+        return summary_text(metadata.kernels, metadata.float16)
+    return table(
+        ("engine layers", "count"), [(name, str(count)) for name, count in metadata.layers.items()], right=(1,)
+    )
 
 
 def inspect(path: str | Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
@@ -87,11 +89,11 @@ def inspect(path: str | Path) -> CheckpointSummary | OnnxSummary | PlanSummary:
 
 
 def _inspect_plan(path: Path) -> PlanSummary:
-    from engines.tensorrt.plan_file import read_facts
+    from engines.tensorrt.plan_file import read_plan_metadata
 
-    facts = read_facts(path)
+    metadata = read_plan_metadata(path)
     content = path.read_bytes()
-    return PlanSummary(path, len(content), hashlib.sha256(content).hexdigest() == facts.sha256, facts)
+    return PlanSummary(path, len(content), hashlib.sha256(content).hexdigest() == metadata.sha256, metadata)
 
 
 def _yes(value: bool) -> str:

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from dmq_export.common.progress import Progress
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 
 Samples = NDArray[np.float32]
 Paint = Callable[[Samples], Samples]
 """``samples [N, ...] -> pictures [N, C, H, W]`` in -1..1"""
 
 
-def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
+def painter(metadata: ExportMetadata, pipeline: Path | None, progress: Progress) -> Paint:
     """What makes pictures of the samples of a network; the decoder is loaded when there is something to decode.
 
     Args:
-        facts: of the network.
+        metadata: of the network.
         pipeline: a diffusers pipeline's folder; None for a network that draws pixels.
 
     Raises:
@@ -31,7 +31,7 @@ def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
     from dmq_export.sampling.images import require_pictures
 
     if pipeline is None:
-        require_pictures(sample_shape(facts.config)[0])
+        require_pictures(sample_shape(metadata.config)[0])
         return lambda samples: samples
     from calib.pipeline.vae import decode, decoder_folder
 
@@ -39,7 +39,7 @@ def painter(facts: Facts, pipeline: Path | None, progress: Progress) -> Paint:
         raise DmqError(f"{pipeline} is not a folder: give a local diffusers pipeline's folder with --pipeline")
     folder = decoder_folder(pipeline)
     if folder is None:
-        require_pictures(sample_shape(facts.config)[0])
+        require_pictures(sample_shape(metadata.config)[0])
         return lambda samples: samples
 
     def paint(samples: Samples) -> Samples:

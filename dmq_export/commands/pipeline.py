@@ -14,7 +14,7 @@ from dmq_export.common.extras import require
 from dmq_export.denoiser.arguments import arguments
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 from dmq_export.sampling.deviations import mismatches
 
 
@@ -38,31 +38,35 @@ def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | 
 
     folder = model_folder(str(model))
     opened = open_engine(Path(engine), execution or Execution())
-    facts = opened.facts
-    config = read_config(folder / denoiser_name(folder), facts.recipe.get("sample_size"))
-    _require_same_model(folder, config, facts)
-    pipeline = build_pipeline(folder, EngineDenoiser(opened.denoise, str(facts.config["_class_name"]), facts.config))
-    for note in _notes(pipeline.scheduler, facts):
+    metadata = opened.metadata
+    config = read_config(folder / denoiser_name(folder), metadata.recipe.get("sample_size"))
+    _require_same_model(folder, config, metadata)
+    pipeline = build_pipeline(
+        folder, EngineDenoiser(opened.denoise, str(metadata.config["_class_name"]), metadata.config)
+    )
+    for note in _notes(pipeline.scheduler, metadata):
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return pipeline
 
 
-def _notes(scheduler: Any, facts: Facts) -> Iterator[str]:
+def _notes(scheduler: Any, metadata: ExportMetadata) -> Iterator[str]:
     """Where the pipeline's own scheduler, at the calibrated number of steps, departs from the calibration."""
     name = type(scheduler).__name__
-    timesteps = build_scheduler({**scheduler.config, "_class_name": name}, None, facts.steps, facts.config).timesteps
+    timesteps = build_scheduler(
+        {**scheduler.config, "_class_name": name}, None, metadata.steps, metadata.config
+    ).timesteps
     return mismatches(
-        facts,
+        metadata,
         scheduler=name,
         timesteps=[float(timestep) for timestep in timesteps],
-        eta=float(facts.recipe.get("eta") or 0),  # these two are said at the pipeline's call
-        guidance_scale=facts.recipe.get("guidance_scale"),
+        eta=float(metadata.recipe.get("eta") or 0),  # these two are said at the pipeline's call
+        guidance_scale=metadata.recipe.get("guidance_scale"),
     )
 
 
-def _require_same_model(folder: Path, config: Mapping[str, Any], facts: Facts) -> None:
+def _require_same_model(folder: Path, config: Mapping[str, Any], metadata: ExportMetadata) -> None:
     """Refuse an engine that the pipeline's denoiser cannot have become."""
-    ours, its = _described(facts.config), _described(config)
+    ours, its = _described(metadata.config), _described(config)
     if ours != its:
         raise DmqError(f"the engine is of another model than {folder}: of a {ours}, the pipeline has a {its}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmq_export import __version__
-from dmq_export.checkpoint import FACTS as CHECKPOINT_FACTS
+from dmq_export.checkpoint import MANIFEST
 from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
 from dmq_export.commands.pictures import Paint, painter
 from dmq_export.commands.prompts import NO_TEXT, Prompting
@@ -93,15 +93,15 @@ def sample_engine(
     rank = Rank.of(os.environ)
     _require_outputs(outputs, rank)
     engine = open_engine(path, execution, progress.tell)
-    settings = settings.sized(engine.facts)
-    paint = None if outputs.picture is None else painter(engine.facts, outputs.pipeline, progress)
+    settings = settings.sized(engine.metadata)
+    paint = None if outputs.picture is None else painter(engine.metadata, outputs.pipeline, progress)
     embeddings = prompting.encoded(
         outputs.pipeline,
         progress,
         guidance_scale=settings.guidance_scale,
-        sample_size=engine.facts.recipe.get("sample_size"),
+        sample_size=engine.metadata.recipe.get("sample_size"),
     )
-    conditioning = conditioning_for(engine.facts, settings, embeddings)
+    conditioning = conditioning_for(engine.metadata, settings, embeddings)
     beside = None if outputs.reference is None else float_engine(outputs.reference, engine)
     shards = None
     if outputs.npz is not None:
@@ -137,9 +137,9 @@ def _notes(engine: Engine, settings: SampleSettings, outputs: Outputs) -> Iterat
     Raises:
         DmqError: the scheduler does not suit the settings.
     """
-    sampler = sampler_for(engine.facts, settings)
+    sampler = sampler_for(engine.metadata, settings)
     yield from mismatches(
-        engine.facts,
+        engine.metadata,
         scheduler=sampler.name,
         timesteps=[float(t) for t in sampler.scheduler.timesteps],
         eta=sampler.eta,
@@ -188,7 +188,7 @@ def _identity(
     path: Path, engine: Engine, execution: Execution, settings: SampleSettings, conditioning: Conditioning
 ) -> Mapping[str, Any]:
     """All that the samples' bytes depend on, but for the machine and its number of threads."""
-    content = path / CHECKPOINT_FACTS if path.is_dir() else path  # that file holds the hash of the tensors
+    content = path / MANIFEST if path.is_dir() else path  # that file holds the hash of the tensors
     return {
         "version": __version__,
         "engine": sha256(content),

@@ -24,7 +24,7 @@ from dmq_export.denoiser.conditioning import Asked, told
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 from dmq_export.sampling.ddim import Ddim, DdimSettings, unsupported
 from dmq_export.sampling.loop import Guidance, sample
 from dmq_export.sampling.names import SCHEDULERS
@@ -65,9 +65,9 @@ class SampleSettings:
         if self.count < 1 or (self.batch is not None and self.batch < 1):
             raise DmqError(f"count {self.count} and batch {self.batch}: at least 1 is needed of each")
 
-    def sized(self, facts: Facts) -> SampleSettings:
+    def sized(self, metadata: ExportMetadata) -> SampleSettings:
         """With the batch that the graph is made for, where none is asked for."""
-        return replace(self, batch=self.batch or (BATCH if facts.batch is None else facts.batch.usual))
+        return replace(self, batch=self.batch or (BATCH if metadata.batch is None else metadata.batch.usual))
 
     def batches(self) -> list[range]:
         """The samples' indices, ``batch`` at a time."""
@@ -104,14 +104,16 @@ class Conditioning:
         return digest.hexdigest()
 
 
-def conditioning_for(facts: Facts, settings: SampleSettings, embeddings: Embeddings | None = None) -> Conditioning:
+def conditioning_for(
+    metadata: ExportMetadata, settings: SampleSettings, embeddings: Embeddings | None = None
+) -> Conditioning:
     """What the network is told of all samples of ``settings``.
 
     Raises:
         DmqError: it is not said what to draw, or what is said does not suit the model.
     """
     asked = _asked(settings, embeddings)
-    return Conditioning(*told(str(facts.config.get("_class_name")), facts.config, asked, settings.count))
+    return Conditioning(*told(str(metadata.config.get("_class_name")), metadata.config, asked, settings.count))
 
 
 def _asked(settings: SampleSettings, embeddings: Embeddings | None = None) -> Asked:
@@ -132,9 +134,9 @@ def draw_samples(
     Raises:
         DmqError: the settings do not suit the model.
     """
-    settings = settings.sized(engine.facts)
+    settings = settings.sized(engine.metadata)
     if conditioning is None:
-        conditioning = conditioning_for(engine.facts, settings)
+        conditioning = conditioning_for(engine.metadata, settings)
     batches = draw_batches(engine, settings, conditioning, settings.batches(), progress or Progress())
     return np.concatenate(list(batches))
 
@@ -147,8 +149,8 @@ def draw_batches(
     Raises:
         DmqError: the scheduler does not suit the settings.
     """
-    sampler = sampler_for(engine.facts, settings)
-    total = sum(len(indices) for indices in batches) * (settings.steps or engine.facts.steps)
+    sampler = sampler_for(engine.metadata, settings)
+    total = sum(len(indices) for indices in batches) * (settings.steps or engine.metadata.steps)
     with progress.stage(f"sampling {engine.name}", total, "step") as advance:
         for indices in batches:
             yield _draw_batch(engine, sampler, settings, conditioning.rows(indices), indices, advance)
@@ -168,7 +170,7 @@ def _draw_batch(
         guidance = Guidance(settings.guidance_scale, conditioning.unconditional, library.concatenate)
     drawn = sample(
         lambda x, t, **inputs: library.of_numpy(engine.denoise(library.to_numpy(x), float(t), **inputs)),
-        library.of_numpy(initial_noise(sample_shape(engine.facts.config), indices, settings.seed)),
+        library.of_numpy(initial_noise(sample_shape(engine.metadata.config), indices, settings.seed)),
         deepcopy(sampler.scheduler),  # multistep solvers remember predictions
         conditioning.given,
         guidance=guidance,
@@ -216,22 +218,22 @@ class Sampler:
     library: Library
 
 
-def sampler_for(facts: Facts, settings: SampleSettings) -> Sampler:
+def sampler_for(metadata: ExportMetadata, settings: SampleSettings) -> Sampler:
     """The sampler of all batches.
 
     Raises:
         DmqError: it cannot be built, does not take the settings, or needs diffusers, which is not installed.
     """
-    steps = settings.steps or facts.steps
-    calibrated = str(facts.scheduler.get("_class_name"))
+    steps = settings.steps or metadata.steps
+    calibrated = str(metadata.scheduler.get("_class_name"))
     name = calibrated if settings.scheduler is None else SCHEDULERS.get(settings.scheduler, settings.scheduler)
     eta = settings.eta
     if eta is None:
-        eta = float(facts.recipe.get("eta") or 0) if name == calibrated else 0.0
-    if name == SCHEDULERS["ddim"] and unsupported(facts.scheduler) is None:
-        ddim = Ddim(DdimSettings.from_config(facts.scheduler), steps)
+        eta = float(metadata.recipe.get("eta") or 0) if name == calibrated else 0.0
+    if name == SCHEDULERS["ddim"] and unsupported(metadata.scheduler) is None:
+        ddim = Ddim(DdimSettings.from_config(metadata.scheduler), steps)
         return Sampler(name, eta, ddim, partial(_ddim_options, eta, settings.seed), NUMPY)
-    scheduler = build_scheduler(facts.scheduler, settings.scheduler, steps, facts.config)
+    scheduler = build_scheduler(metadata.scheduler, settings.scheduler, steps, metadata.config)
     taken = step_options(scheduler, eta=eta, generators=())
     return Sampler(name, eta, scheduler, partial(_options, taken, settings.seed), torch_library())
 

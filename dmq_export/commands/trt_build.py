@@ -18,7 +18,7 @@ from dmq_export.common.memory import in_words
 from dmq_export.common.progress import Progress
 from dmq_export.errors import CheckFailedError, DmqError
 from dmq_export.graph.float_twin import float_twin
-from dmq_export.graph.onnx_file import Sizes, external_files, facts_of, input_sizes, load_onnx
+from dmq_export.graph.onnx_file import Sizes, external_files, input_sizes, load_onnx, metadata_of
 from dmq_export.lint import lint_model, require_buildable
 from dmq_export.lint.view import QdqGraph
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engines.tensorrt.build import BuildSettings, Plan, Source
     from engines.tensorrt.compiler import Capability
     from engines.tensorrt.inspector import EngineLayers
-    from engines.tensorrt.plan_file import PlanFacts, Runtime, RuntimeChoice
+    from engines.tensorrt.plan_file import PlanMetadata, Runtime, RuntimeChoice
     from engines.tensorrt.profile import ShapeRange
 
 BATCH = Batch(1, 2, 8)  # where neither the user nor the file says more than that it is open
@@ -56,39 +56,45 @@ class Build:
     """A written plan."""
 
     path: Path
-    facts_path: Path
+    metadata_path: Path
     plan_bytes: int
-    facts: PlanFacts
+    metadata: PlanMetadata
     layers: EngineLayers | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
-        facts, layers = self.facts, self.layers
+        metadata, layers = self.metadata, self.layers
         return {
             "plan": str(self.path),
             "bytes": self.plan_bytes,
-            "runtime": facts.runtime,
-            "version": facts.machine.version,
-            "capabilities": list(facts.capabilities),
-            "layers": dict(facts.layers),
-            "not_integer": list(not_integer(facts, layers)),
+            "runtime": metadata.runtime,
+            "version": metadata.machine.version,
+            "capabilities": list(metadata.capabilities),
+            "layers": dict(metadata.layers),
+            "not_integer": list(not_integer(metadata, layers)),
             "unseen": [] if layers is None else list(layers.unseen),
-            "kernels": None if facts.kernels is None else asdict(facts.kernels),
-            "float16": None if facts.float16 is None else asdict(facts.float16),
+            "kernels": None if metadata.kernels is None else asdict(metadata.kernels),
+            "float16": None if metadata.float16 is None else asdict(metadata.float16),
         }
 
     def text(self) -> str:
         """What the engine is made of, then where it is."""
         from engines.tensorrt.summary import summary_text
 
-        facts = self.facts
+        metadata = self.metadata
         made = (
-            summary_text(facts.kernels, facts.float16) if facts.kernels else self.layers.text() if self.layers else ""
+            summary_text(metadata.kernels, metadata.float16)
+            if metadata.kernels
+            else self.layers.text()
+            if self.layers
+            else ""
         )
-        target = f"compute capability {', '.join(facts.capabilities)}" if facts.capabilities else facts.machine.gpu
+        target = (
+            f"compute capability {', '.join(metadata.capabilities)}" if metadata.capabilities else metadata.machine.gpu
+        )
         return (
-            f"{made}\n\n{self.path}  {in_words(self.plan_bytes)}  for {target}, {facts.machine.title}\n"
-            f"{self.facts_path} says what it is and must stay beside it"
+            f"{made}\n\n{self.path}  {in_words(self.plan_bytes)}  for {target}, {metadata.machine.title}\n"
+            f"{self.metadata_path} says what it is and must stay beside it"
         )
 
 
@@ -111,7 +117,7 @@ def build_engine(
         CheckFailedError: the order is strict, and a product meant for Int8 runs in float.
     """
     from engines.tensorrt.build import BuildSettings
-    from engines.tensorrt.plan_file import facts_path, save_plan
+    from engines.tensorrt.plan_file import metadata_path, save_plan
 
     onnx, output = Path(onnx), Path(output)
     settings, progress = settings or BuildSettings(), progress or Progress()
@@ -126,8 +132,8 @@ def build_engine(
     plan = _tensorrt(source, settings, note) if runtime == "tensorrt" else _rtx(model, source, order, progress)
     if order.strict:
         require_integer(plan)
-    save_plan(plan.content, output, plan.facts)
-    return Build(output, facts_path(output), len(plan.content), plan.facts, plan.layers)
+    save_plan(plan.content, output, plan.metadata)
+    return Build(output, metadata_path(output), len(plan.content), plan.metadata, plan.layers)
 
 
 def require_clean(model: ir.Model, onnx: Path, note: Callable[[str], None]) -> None:
@@ -183,9 +189,9 @@ def read_source(model: ir.Model, onnx: Path, shapes: Mapping[str, ShapeRange], n
     from engines.tensorrt.profile import resolve_shapes
     from engines.tensorrt.summary import layer_names
 
-    facts, inputs = facts_of(model), input_sizes(model)
+    metadata, inputs = metadata_of(model), input_sizes(model)
     nodes = integer_nodes(model)
-    batch = _stated_batch(facts) or BATCH
+    batch = _stated_batch(metadata) or BATCH
     resolved = resolve_shapes(inputs, shapes, batch)
     _note_batch(inputs, shapes, batch, resolved, note)
     return Source(
@@ -194,7 +200,7 @@ def read_source(model: ir.Model, onnx: Path, shapes: Mapping[str, ShapeRange], n
         integer_nodes=nodes,
         layers=tuple(layer_names(nodes)),
         external=tuple(external_files(model, onnx.parent)),
-        facts=facts,
+        metadata=metadata,
         products=_products(model),
         types=frozenset(each.type.name for each in QdqGraph(model).quantizers),
     )
@@ -205,11 +211,11 @@ def integer_nodes(model: ir.Model) -> tuple[str, ...]:
     return tuple(node.name for node in QdqGraph(model).integer_operators() if node.name)
 
 
-def not_integer(facts: PlanFacts, layers: EngineLayers | None) -> tuple[str, ...]:
+def not_integer(metadata: PlanMetadata, layers: EngineLayers | None) -> tuple[str, ...]:
     """Nodes meant to run in Int8 that do not."""
     if layers is not None:
         return layers.not_integer
-    return facts.kernels.not_integer if facts.kernels else ()
+    return metadata.kernels.not_integer if metadata.kernels else ()
 
 
 def require_integer(plan: Plan) -> None:
@@ -220,7 +226,7 @@ def require_integer(plan: Plan) -> None:
     """
     from engines.tensorrt.summary import layer_names
 
-    names = layer_names(not_integer(plan.facts, plan.layers))
+    names = layer_names(not_integer(plan.metadata, plan.layers))
     if names:
         raise CheckFailedError(
             f"--strict: meant for Int8, but run in float: {', '.join(names)}; nothing is written: see dmq-export lint, "
@@ -246,7 +252,7 @@ def _rtx(model: ir.Model, source: Source, order: Order, progress: Progress) -> P
         return plan
     with progress.stage("building its float16 graph", None, "phase") as advance, _twin(model, source) as twin:
         float16 = kernels_of(twin, order.capabilities, lambda phase: advance(0, phase))
-    return replace(plan, facts=replace(plan.facts, float16=float16))
+    return replace(plan, metadata=replace(plan.metadata, float16=float16))
 
 
 @contextmanager
@@ -269,9 +275,9 @@ def _refuse(options: Any, runtime: str, way: str) -> None:
         raise DmqError(f"{option} is for {runtime}, which is not what builds here: leave it out, or give {way}")
 
 
-def _stated_batch(facts: Mapping[str, Any] | None) -> Batch | None:
+def _stated_batch(metadata: Mapping[str, Any] | None) -> Batch | None:
     """The batch sizes that our export states."""
-    stated = (facts or {}).get("batch")
+    stated = (metadata or {}).get("batch")
     sizes = [size for size in stated if isinstance(size, int)] if isinstance(stated, list) else []
     return Batch(*sizes) if len(sizes) == 3 else None
 

@@ -26,7 +26,7 @@ from dmq_export.graph.portable import lower_portable
 from dmq_export.graph.simplify import simplify_graph
 from dmq_export.graph.step_tables import STEP
 from dmq_export.layer import QuantizedLayer
-from dmq_export.metadata import FACTS, model_facts
+from dmq_export.metadata import METADATA_KEY, export_metadata
 from dmq_export.target import FloatType, Target
 
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights: protobuf refuses messages of 2 GiB, and the graph needs some
@@ -80,7 +80,7 @@ def lower_graph(
     common.CheckerPass()(model)
     model.graph.name = checkpoint.model.class_name
     model.producer_name, model.producer_version = "dmq-export", __version__
-    model.metadata_props[FACTS] = json.dumps(model_facts(checkpoint, target, dtype, batch))
+    model.metadata_props[METADATA_KEY] = json.dumps(export_metadata(checkpoint, target, dtype, batch))
     return ExportedGraph(model, lowered_layers, target, dtype, batch)
 
 

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from dmq_export.errors import ExportError
 from dmq_export.graph.float16 import to_float16
 from dmq_export.graph.node_builder import NodeBuilder
-from dmq_export.graph.onnx_file import facts_of
+from dmq_export.graph.onnx_file import metadata_of
 from dmq_export.lint.view import QdqGraph, Quantizer, constant, dequantized
 
 BEFORE = frozenset({"stepped", "scaled", "padded", "shifted", "raised", "clipped"})  # names of the lowering's nodes
@@ -39,7 +39,7 @@ def float_twin(model: ir.Model) -> ir.Model:
         ExportError: codes come from where no quantizer is, or a constant overflows float16.
     """
     twin = model.clone()
-    if facts_of(twin) is not None:
+    if metadata_of(twin) is not None:
         for name, products in _layers(twin).items():
             _restore(twin.graph, name, products)
     _unquantize(twin)

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dmq_export.errors import DmqError
-from dmq_export.metadata import FACTS
+from dmq_export.metadata import METADATA_KEY
 
 Sizes = tuple[int | str, ...]  # of a tensor; a name stands for a size that varies
 
@@ -62,19 +62,19 @@ def input_sizes(model: ir.Model) -> dict[str, Sizes]:
     return sizes
 
 
-def facts_of(model: ir.Model) -> dict[str, Any] | None:
+def metadata_of(model: ir.Model) -> dict[str, Any] | None:
     """What our export says of the model, or None for a model of another tool.
 
     Raises:
         DmqError: the metadata is there and no JSON object.
     """
-    text = model.metadata_props.get(FACTS)
+    text = model.metadata_props.get(METADATA_KEY)
     if text is None:
         return None
     try:
-        facts = json.loads(text)
+        metadata = json.loads(text)
     except ValueError as error:
-        raise DmqError(f"the model's {FACTS!r} metadata is damaged: {error}") from error
-    if not isinstance(facts, dict):
-        raise DmqError(f"the model's {FACTS!r} metadata is damaged: an object was expected")
-    return facts
+        raise DmqError(f"the model's {METADATA_KEY!r} metadata is damaged: {error}") from error
+    if not isinstance(metadata, dict):
+        raise DmqError(f"the model's {METADATA_KEY!r} metadata is damaged: an object was expected")
+    return metadata

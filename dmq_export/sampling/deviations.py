@@ -6,11 +6,11 @@ calibrated nor measured there, so the user is told.
 
 from collections.abc import Iterable, Iterator
 
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 
 
 def mismatches(
-    facts: Facts, *, scheduler: str, timesteps: Iterable[float], eta: float, guidance_scale: float | None
+    metadata: ExportMetadata, *, scheduler: str, timesteps: Iterable[float], eta: float, guidance_scale: float | None
 ) -> Iterator[str]:
     """One line for each departure.
 
@@ -20,24 +20,24 @@ def mismatches(
         eta: DDIM's noise share.
         guidance_scale: of classifier-free guidance; None without.
     """
-    calibrated = facts.scheduler.get("_class_name")
+    calibrated = metadata.scheduler.get("_class_name")
     if calibrated is not None and scheduler != calibrated:
         yield f"scheduler {scheduler}, calibrated with {calibrated}"
-    yield from _steps(facts, list(timesteps))
-    if eta != float(facts.recipe.get("eta") or 0):
-        yield f"eta {eta:g}, calibrated with {float(facts.recipe.get('eta') or 0):g}"
-    guided = facts.recipe.get("guidance_scale")
+    yield from _steps(metadata, list(timesteps))
+    if eta != float(metadata.recipe.get("eta") or 0):
+        yield f"eta {eta:g}, calibrated with {float(metadata.recipe.get('eta') or 0):g}"
+    guided = metadata.recipe.get("guidance_scale")
     if guidance_scale != guided:
         yield f"{_guidance(guidance_scale)}, calibrated {'with ' if guided is not None else ''}{_guidance(guided)}"
 
 
-def _steps(facts: Facts, timesteps: list[float]) -> Iterator[str]:
-    if not facts.per_step:
+def _steps(metadata: ExportMetadata, timesteps: list[float]) -> Iterator[str]:
+    if not metadata.per_step:
         return
-    distances = [min(abs(t - calibrated) for calibrated in facts.timesteps) for t in timesteps]
+    distances = [min(abs(t - calibrated) for calibrated in metadata.timesteps) for t in timesteps]
     if any(distances):
         yield (
-            f"{len(timesteps)} evaluations at other timesteps than the {len(facts.timesteps)} calibrated: each uses "
+            f"{len(timesteps)} evaluations at other timesteps than the {len(metadata.timesteps)} calibrated: each uses "
             f"the ranges of the nearest, at most {max(distances):g} timesteps away"
         )
 

@@ -18,7 +18,7 @@ from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
 from engines.tensorrt.inspector import EngineLayers, engine_layers
 from engines.tensorrt.log import explain
-from engines.tensorrt.plan_file import HardwareCompatibility, Machine, PlanFacts
+from engines.tensorrt.plan_file import HardwareCompatibility, Machine, PlanMetadata
 from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.runtime import captured_log, deserialize
 
@@ -60,7 +60,7 @@ class Source:
         integer_nodes: nodes that are meant to run in integers.
         layers: names of the model's layers, for messages.
         external: its external-data files.
-        facts: what it says of itself.
+        metadata: what it says of itself.
         products: all its convolutions and matrix products.
         types: ONNX types of its codes.
     """
@@ -70,7 +70,7 @@ class Source:
     integer_nodes: Sequence[str]
     layers: Sequence[str] = ()
     external: Sequence[Path] = ()
-    facts: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
     products: Sequence[str] = ()
     types: frozenset[str] = frozenset()
 
@@ -80,7 +80,7 @@ class Plan:
     """A built plan, not yet on disk; ``layers`` is what TensorRT's inspector says of it."""
 
     content: bytes = field(repr=False)
-    facts: PlanFacts
+    metadata: PlanMetadata
     layers: EngineLayers | None = None
 
 
@@ -93,7 +93,7 @@ def build_plan(source: Source, settings: BuildSettings, machine: Machine) -> Pla
     content = _engine_bytes(source, settings)
     engine = deserialize(content, host_code=settings.version_compatible)
     layers = engine_layers(_inspected(engine), source.integer_nodes)
-    facts = PlanFacts(
+    metadata = PlanMetadata(
         sha256=hashlib.sha256(content).hexdigest(),
         machine=machine,
         capabilities=(),
@@ -104,10 +104,10 @@ def build_plan(source: Source, settings: BuildSettings, machine: Machine) -> Pla
         shapes=source.shapes,
         settings=_recorded(settings),
         layers=layers.counts,
-        facts=source.facts,
+        metadata=source.metadata,
         versions={"dmq-export": __version__, "polygraphy": version("polygraphy")},
     )
-    return Plan(content, facts, layers)
+    return Plan(content, metadata, layers)
 
 
 def builder_config(shapes: Mapping[str, ShapeRange], settings: BuildSettings) -> CreateConfig:
@@ -164,6 +164,6 @@ def _inspected(engine: trt.ICudaEngine) -> str:
 
 
 def _recorded(settings: BuildSettings) -> dict[str, Any]:
-    """The settings as JSON values, without this machine's paths and what the facts state themselves."""
+    """The settings as JSON values, without this machine's paths and what the metadata states itself."""
     stated = ("timing_cache", "version_compatible", "hardware_compatible", "strip_weights")
     return {name: value for name, value in asdict(settings).items() if name not in stated}

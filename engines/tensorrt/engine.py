@@ -23,7 +23,7 @@ from engines.inputs import Input
 from engines.tensorrt.cuda import Buffer, Stream
 from engines.tensorrt.environment import require_runtime
 from engines.tensorrt.log import explain
-from engines.tensorrt.plan_file import RUNTIME_NAMES, PlanFacts, read_facts, read_plan
+from engines.tensorrt.plan_file import RUNTIME_NAMES, PlanMetadata, read_plan, read_plan_metadata
 from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.runtime import deserialize, output_names, refit, tensor_type
 from engines.tensorrt.runtime_cache import RuntimeCache
@@ -53,17 +53,17 @@ class TensorRtDenoiser:
     """
 
     def __init__(self, path: Path, weights: Path | None = None, note: Callable[[str], None] = warnings.warn) -> None:
-        runtime = read_facts(path).runtime
-        content, self.facts = read_plan(path, require_runtime(runtime))
-        self.inputs = {name: Input(None, shape.optimum) for name, shape in self.facts.shapes.items()}
+        runtime = read_plan_metadata(path).runtime
+        content, self.metadata = read_plan(path, require_runtime(runtime))
+        self.inputs = {name: Input(None, shape.optimum) for name, shape in self.metadata.shapes.items()}
         self._log: deque[str] = deque(maxlen=LOG_LINES)
-        host_code = self.facts.version_compatible
+        host_code = self.metadata.version_compatible
         self._engine = deserialize(content, host_code=host_code, runtime=runtime, log=self._log)
-        if self.facts.stripped:
-            refit(self._engine, _weights(self.facts, path, weights), runtime, self._log)
+        if self.metadata.stripped:
+            refit(self._engine, _weights(self.metadata, path, weights), runtime, self._log)
         self._stream = Stream()  # and with it the CUDA context that the next line needs
         rtx = runtime == "tensorrt-rtx"
-        cache = RuntimeCache(self._engine, path, self.facts.sha256, note) if rtx else None
+        cache = RuntimeCache(self._engine, path, self.metadata.sha256, note) if rtx else None
         self._context = self._new_context(cache)  # an attribute before the cache that it uses, so that it goes first
         self._cache = cache
         self._output = output_names(self._engine, runtime)[0]
@@ -73,8 +73,8 @@ class TensorRtDenoiser:
 
     def __call__(self, sample: NDArray[np.float32], timestep: float, **conditioning: Array) -> NDArray[np.float32]:
         arrays = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        _require_inputs(arrays, self.facts.shapes)
-        sample_range = self.facts.shapes["sample"]
+        _require_inputs(arrays, self.metadata.shapes)
+        sample_range = self.metadata.shapes["sample"]
         sizes = sample_range.minimum[0], sample_range.maximum[0]
         return in_pieces(lambda piece: self._run(piece).astype(np.float32), arrays, sizes)
 
@@ -113,7 +113,7 @@ class TensorRtDenoiser:
             name = self._engine.get_tensor_name(index)
             sizes = self._context.get_tensor_shape(name)
             shape = tuple(sizes[axis] for axis in range(len(sizes)))
-            self._buffers[name] = Buffer(shape, tensor_type(self._engine, name, self.facts.runtime))
+            self._buffers[name] = Buffer(shape, tensor_type(self._engine, name, self.metadata.runtime))
             self._context.set_tensor_address(name, self._buffers[name].address)
         self._enqueue()  # a change of shapes takes effect with the first run, which must not be recorded
         self._stream.synchronize()
@@ -134,7 +134,7 @@ class TensorRtDenoiser:
             raise self._failure("could not start the engine")
 
     def _failure(self, what: str) -> DmqError:
-        return DmqError(f"{RUNTIME_NAMES[self.facts.runtime]} {what}: {explain(list(self._log)).text()}")
+        return DmqError(f"{RUNTIME_NAMES[self.metadata.runtime]} {what}: {explain(list(self._log)).text()}")
 
 
 def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange]) -> None:
@@ -144,16 +144,16 @@ def _require_inputs(arrays: Mapping[str, Array], shapes: Mapping[str, ShapeRange
         raise DmqError(f"input {odd[0]} {problem}: the plan takes {', '.join(shapes)}")
 
 
-def _weights(facts: PlanFacts, path: Path, weights: Path | None) -> Path:
+def _weights(metadata: PlanMetadata, path: Path, weights: Path | None) -> Path:
     """The ONNX file that the plan ``path`` was built from.
 
     Raises:
         DmqError: it is not given, or is another.
     """
     if weights is None:
-        raise DmqError(f"{path} was built without weights: give the ONNX file {next(iter(facts.onnx_sha256))} too")
-    for name, digest in facts.onnx_sha256.items():
-        beside = weights.with_name(name) if len(facts.onnx_sha256) > 1 else weights
+        raise DmqError(f"{path} was built without weights: give the ONNX file {next(iter(metadata.onnx_sha256))} too")
+    for name, digest in metadata.onnx_sha256.items():
+        beside = weights.with_name(name) if len(metadata.onnx_sha256) > 1 else weights
         if not beside.is_file() or sha256(beside) != digest:
             raise DmqError(f"{path} was not built from {beside}: give the ONNX file it was built from")
     return weights

@@ -20,7 +20,7 @@ from dmq_export.errors import DmqError
 from engines.tensorrt.profile import ShapeRange
 from engines.tensorrt.summary import KernelSummary
 
-SCHEMA = 2
+SCHEMA = 3
 Runtime = Literal["tensorrt", "tensorrt-rtx"]
 RuntimeChoice = Literal["auto", "tensorrt", "tensorrt-rtx"]
 RUNTIME_NAMES: dict[Runtime, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -53,7 +53,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class PlanFacts:
+class PlanMetadata:
     """The content of ``engine.json``.
 
     Attributes:
@@ -69,7 +69,7 @@ class PlanFacts:
         layers: counts of the layers of TensorRT's engine by type, see :mod:`engines.tensorrt.inspector`.
         kernels: what TensorRT-RTX's engine is made of; None for TensorRT.
         float16: the same of the graph without its quantizers, where that was asked for.
-        facts: what the ONNX file says of the model; None for files of other tools.
+        metadata: what the ONNX file says of the model; None for files of other tools.
         versions: of the tool and its libraries.
     """
 
@@ -83,7 +83,7 @@ class PlanFacts:
     shapes: Mapping[str, ShapeRange]
     settings: Mapping[str, Any]
     layers: Mapping[str, int]
-    facts: Mapping[str, Any] | None
+    metadata: Mapping[str, Any] | None
     versions: Mapping[str, str]
     kernels: KernelSummary | None = None
     float16: KernelSummary | None = None
@@ -93,7 +93,7 @@ class PlanFacts:
         return self.machine.runtime
 
 
-def facts_path(plan: Path) -> Path:
+def metadata_path(plan: Path) -> Path:
     """``model.engine.json`` for ``model.plan``."""
     return plan.with_suffix(".engine.json")
 
@@ -103,14 +103,14 @@ def this_platform() -> str:
     return f"{platform.system()} {platform.machine()}"
 
 
-def save_plan(content: bytes | memoryview, path: Path, facts: PlanFacts) -> None:
-    """Write the plan and its facts: both or neither.
+def save_plan(content: bytes | memoryview, path: Path, metadata: PlanMetadata) -> None:
+    """Write the plan and its metadata: both or neither.
 
     Raises:
         DmqError: the folder cannot be written, or has no room.
     """
-    companion = facts_path(path)
-    text = json.dumps({"schema": SCHEMA, **asdict(facts)}, indent=1)
+    companion = metadata_path(path)
+    text = json.dumps({"schema": SCHEMA, **asdict(metadata)}, indent=1)
     try:
         with atomic_files(path, companion.name) as scratch:
             scratch.write_bytes(content)
@@ -119,13 +119,13 @@ def save_plan(content: bytes | memoryview, path: Path, facts: PlanFacts) -> None
         raise DmqError(f"cannot write {path} ({len(content)} bytes): {error.strerror}") from error
 
 
-def read_facts(path: Path) -> PlanFacts:
+def read_plan_metadata(path: Path) -> PlanMetadata:
     """What the file beside the plan ``path`` says.
 
     Raises:
         DmqError: the plan or the file is missing, of another schema, or damaged.
     """
-    companion = facts_path(path)
+    companion = metadata_path(path)
     if not path.is_file():
         raise DmqError(f"{path} is not a file: build a plan with dmq-export trt-build")
     if not companion.is_file():
@@ -134,64 +134,64 @@ def read_facts(path: Path) -> PlanFacts:
     if content.pop("schema", None) != SCHEMA:
         raise DmqError(f"{companion} is not of schema {SCHEMA}: build the plan again")
     try:
-        return _facts(content)
+        return _plan_metadata(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DmqError(f"{companion} is damaged ({type(error).__name__} {error}): build the plan again") from error
 
 
-def read_plan(path: Path, machine: Machine) -> tuple[bytes, PlanFacts]:
+def read_plan(path: Path, machine: Machine) -> tuple[bytes, PlanMetadata]:
     """The plan's bytes, once it is known that they are what was built and that ``machine`` can run them.
 
     Raises:
-        DmqError: see :func:`read_facts`; the hash differs, or the plan was built for another machine.
+        DmqError: see :func:`read_plan_metadata`; the hash differs, or the plan was built for another machine.
     """
-    facts = read_facts(path)
+    metadata = read_plan_metadata(path)
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    if found != facts.sha256:
+    if found != metadata.sha256:
         raise DmqError(
-            f"{path} has the sha256 {found[:12]}..., {facts_path(path).name} records {facts.sha256[:12]}...: it was "
-            "changed or replaced; build the plan again"
+            f"{path} has the sha256 {found[:12]}..., {metadata_path(path).name} records {metadata.sha256[:12]}...: "
+            "it was changed or replaced; build the plan again"
         )
-    reason = mismatch(facts, machine)
+    reason = mismatch(metadata, machine)
     if reason:
         raise DmqError(f"{path} {reason}: build the plan again on this machine")
-    return content, facts
+    return content, metadata
 
 
-def mismatch(facts: PlanFacts, machine: Machine) -> str | None:
+def mismatch(metadata: PlanMetadata, machine: Machine) -> str | None:
     """Why ``machine`` cannot run the plan, or None."""
-    built = facts.machine
+    built = metadata.machine
     if built.runtime != machine.runtime:
         return f"was built with {built.title}, this is {machine.title}"
     if built.runtime == "tensorrt-rtx":
-        return _rtx_mismatch(facts, machine)
+        return _rtx_mismatch(metadata, machine)
     if built.platform != machine.platform:
         return f"was built for {built.platform}, this is {machine.platform}"
     versions = _version(built.version), _version(machine.version)
-    if facts.version_compatible and versions[1] < versions[0]:
+    if metadata.version_compatible and versions[1] < versions[0]:
         return f"was built with {built.title}, newer than the {machine.version} here"
-    if not facts.version_compatible and built.version != machine.version:
+    if not metadata.version_compatible and built.version != machine.version:
         return f"was built with {built.title}, here is {machine.version} (--version-compatible would allow)"
-    return _gpu_mismatch(facts, machine)
+    return _gpu_mismatch(metadata, machine)
 
 
-def _rtx_mismatch(facts: PlanFacts, machine: Machine) -> str | None:
+def _rtx_mismatch(metadata: PlanMetadata, machine: Machine) -> str | None:
     """NVIDIA documents such plans as portable between Linux and Windows, and between the GPUs they were built for."""
-    if facts.machine.version != machine.version:
-        return f"was built with {facts.machine.title}, here is {machine.version}"
-    if machine.compute_capability not in facts.capabilities:
+    if metadata.machine.version != machine.version:
+        return f"was built with {metadata.machine.title}, here is {machine.version}"
+    if machine.compute_capability not in metadata.capabilities:
         return (
-            f"was built for compute capability {', '.join(facts.capabilities)}, {machine.gpu} has "
+            f"was built for compute capability {', '.join(metadata.capabilities)}, {machine.gpu} has "
             f"{machine.compute_capability} (--compute-capability names others)"
         )
     return None
 
 
-def _gpu_mismatch(facts: PlanFacts, machine: Machine) -> str | None:
-    built = facts.machine
+def _gpu_mismatch(metadata: PlanMetadata, machine: Machine) -> str | None:
+    built = metadata.machine
     there, here = _version(built.compute_capability or ""), _version(machine.compute_capability or "")
-    if facts.hardware_compatible == "ampere-plus":
+    if metadata.hardware_compatible == "ampere-plus":
         return (
             None if here >= AMPERE else f"needs compute capability 8.0, {machine.gpu} has {machine.compute_capability}"
         )
@@ -200,7 +200,7 @@ def _gpu_mismatch(facts: PlanFacts, machine: Machine) -> str | None:
             f"was built for compute capability {built.compute_capability}, {machine.gpu} has "
             f"{machine.compute_capability}"
         )
-    if facts.hardware_compatible == "none" and built.gpu != machine.gpu:
+    if metadata.hardware_compatible == "none" and built.gpu != machine.gpu:
         return f"was built for {built.gpu}, here is {machine.gpu} (--hardware-compatible would allow)"
     return None
 
@@ -215,7 +215,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _facts(content: Mapping[str, Any]) -> PlanFacts:
+def _plan_metadata(content: Mapping[str, Any]) -> PlanMetadata:
     fields = dict(content)
     fields["machine"] = _machine(fields["machine"])
     fields["capabilities"] = tuple(fields["capabilities"])
@@ -231,7 +231,7 @@ def _facts(content: Mapping[str, Any]) -> PlanFacts:
         raise TypeError("the hash and the compute capabilities must be texts")
     if not all(isinstance(fields[name], bool) for name in ("version_compatible", "stripped")):
         raise TypeError("version_compatible and stripped must be true or false")
-    return PlanFacts(**fields)
+    return PlanMetadata(**fields)
 
 
 def _machine(content: Mapping[str, Any]) -> Machine:

@@ -14,7 +14,7 @@ from dmq_export.errors import DmqError
 from engines.tensorrt.build import Plan, Source
 from engines.tensorrt.capability import runs_on, written
 from engines.tensorrt.compiler import Capability, Compiled, Refusal, Request, compile_onnx
-from engines.tensorrt.plan_file import Machine, PlanFacts, this_platform
+from engines.tensorrt.plan_file import Machine, PlanMetadata, this_platform
 from engines.tensorrt.summary import KernelSummary, layer_names, summarize
 
 PROCESSORS = ("x86_64", "AMD64")
@@ -48,7 +48,7 @@ def build_rtx_plan(source: Source, capabilities: Sequence[Capability], watch: Wa
         DmqError: TensorRT-RTX refuses; the message names the layer and what to do.
     """
     compiled = _compiled(source, capabilities, watch)
-    facts = PlanFacts(
+    metadata = PlanMetadata(
         sha256=hashlib.sha256(compiled.engine).hexdigest(),
         machine=Machine("tensorrt-rtx", compiled.version, this_platform()),
         capabilities=runs_on(capabilities, source.types),
@@ -59,11 +59,11 @@ def build_rtx_plan(source: Source, capabilities: Sequence[Capability], watch: Wa
         shapes=source.shapes,
         settings={"compute_capability": [written(pair) for pair in capabilities] or "default"},
         layers={},
-        facts=source.facts,
+        metadata=source.metadata,
         versions={"dmq-export": __version__, "polygraphy": version("polygraphy")},
         kernels=_summary(compiled, source),
     )
-    return Plan(compiled.engine, facts)
+    return Plan(compiled.engine, metadata)
 
 
 def kernels_of(source: Source, capabilities: Sequence[Capability], watch: Watch) -> KernelSummary:

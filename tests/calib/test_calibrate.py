@@ -24,7 +24,7 @@ from calib.record.conditioning import recipe_conditioning
 from calib.record.trajectories import Trajectories
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint, load_checkpoint
+from dmq_export.checkpoint import MANIFEST, TENSORS, Checkpoint, load_checkpoint
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.recipe import Recipe
@@ -55,7 +55,7 @@ def calibrated(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def contents(folder: Path) -> tuple[bytes, bytes]:
-    return (folder / FACTS).read_bytes(), (folder / TENSORS).read_bytes()
+    return (folder / MANIFEST).read_bytes(), (folder / TENSORS).read_bytes()
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(
@@ -298,7 +298,7 @@ def test_fresh_replaces_a_checkpoint_only_when_done(
     assert contents(output) == contents(calibrated[0])
     run(small_model, output, replace(RECIPE, seed=1), fresh=True)
     assert contents(output) != contents(calibrated[0])
-    assert sorted(path.name for path in output.iterdir()) == [FACTS, TENSORS, "run.json"]
+    assert sorted(path.name for path in output.iterdir()) == [MANIFEST, TENSORS, "run.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

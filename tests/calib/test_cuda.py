@@ -32,7 +32,7 @@ from calib.quant.fake_quant import QParams
 from calib.record.layer_inputs import Extrema, LayerInputs
 from calib.run.plan import Resources
 from dmq_export.bits import Bits
-from dmq_export.checkpoint import FACTS, TENSORS, Checkpoint
+from dmq_export.checkpoint import MANIFEST, TENSORS, Checkpoint
 from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
@@ -63,7 +63,7 @@ def run(model: Path, output: Path, recipe: Recipe, limits: Resources = Resources
 
 
 def contents(folder: Path) -> tuple[bytes, ...]:
-    return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
+    return tuple((folder / name).read_bytes() for name in (MANIFEST, TENSORS))
 
 
 def test_the_same_bytes_every_time_and_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from calib.calibrate import calibrate, planned, work_folder
 from calib.record.layer_inputs import Captures
 from calib.record.work_folder import WorkFolder
 from calib.run.plan import Resources
-from dmq_export.checkpoint import FACTS, TENSORS
+from dmq_export.checkpoint import MANIFEST, TENSORS
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 
@@ -47,7 +47,7 @@ def run(model: Path, output: Path, limits: Resources = CPU, recipe=RECIPE, **opt
 
 
 def contents(folder: Path) -> tuple[bytes, ...]:
-    return tuple((folder / name).read_bytes() for name in (FACTS, TENSORS))
+    return tuple((folder / name).read_bytes() for name in (MANIFEST, TENSORS))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from layers import conv2d, linear, random_layer, specs
 from safetensors.numpy import load_file, save_file
 
 from dmq_export.bits import Bits
-from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe, load_checkpoint, save_checkpoint
+from dmq_export.checkpoint import Checkpoint, Probe, SourceInfo, load_checkpoint, save_checkpoint
 from dmq_export.common.files import sha256
 from dmq_export.coverage import FloatLayer
 from dmq_export.errors import CheckpointError, DmqError
@@ -36,7 +36,7 @@ SPECS = (
 def random_checkpoint(layers: tuple[QuantizedLayer, ...], **changes: Any) -> Checkpoint:
     rng = np.random.default_rng(0)
     settings: dict[str, Any] = {
-        "model": ModelFacts("UNet2DModel", {"sample_size": 8, "act_fn": "silu"}, {"_class_name": "DDIM"}, "ab" * 32),
+        "model": SourceInfo("UNet2DModel", {"sample_size": 8, "act_fn": "silu"}, {"_class_name": "DDIM"}, "ab" * 32),
         "recipe": {"bits": "w4a6", "steps": 3, "labels": [0, 1]},
         "timesteps": TIMESTEPS,
         "layers": layers,
@@ -77,16 +77,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def edit_facts(folder: Path, edit: Callable[[Any], object]) -> None:
+def edit_manifest(folder: Path, edit: Callable[[Any], object]) -> None:
     path = folder / "dmq.json"
-    facts = json.loads(path.read_text())
-    edit(facts)
-    path.write_text(json.dumps(facts))
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def record_digest(folder: Path) -> None:
     """What a writer with a bug would do, so that the checks behind the hash are reached."""
-    edit_facts(folder, lambda facts: facts.update(tensors_sha256=sha256(folder / "dmq.safetensors")))
+    edit_manifest(folder, lambda manifest: manifest.update(tensors_sha256=sha256(folder / "dmq.safetensors")))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -222,7 +222,7 @@ def test_a_sound_checkpoint_loads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])
-def test_a_folder_without_facts_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=f"{name} is not a DMQ checkpoint: it has no dmq.json"):
         load_checkpoint(tmp_path / name)
@@ -268,7 +268,7 @@ def test_a_file_that_holds_no_tensors_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xff", b"null"])
-def test_facts_that_are_no_json_object_are_refused(folder: Path, content: bytes) -> None:
+def test_manifest_that_are_no_json_object_are_refused(folder: Path, content: bytes) -> None:
     (folder / "dmq.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"^damaged checkpoint: .*dmq\.json"):
         load_checkpoint(folder)
@@ -276,7 +276,7 @@ def test_facts_that_are_no_json_object_are_refused(folder: Path, content: bytes)
 
 @pytest.mark.parametrize("schema", [0, 2, "1", None])
 def test_another_schema_is_refused_with_a_way_on(folder: Path, schema: object) -> None:
-    edit_facts(folder, lambda facts: facts.update(schema=schema))
+    edit_manifest(folder, lambda manifest: manifest.update(schema=schema))
     expected = (
         f"dmq.json has schema {schema!r}, this version reads 1: calibrate again, or use the version that wrote it"
     )
@@ -285,44 +285,44 @@ def test_another_schema_is_refused_with_a_way_on(folder: Path, schema: object) -
 
 
 FACTS_DAMAGE = {
-    "no layers": lambda facts: facts.pop("layers"),
-    "no model": lambda facts: facts.pop("model"),
-    "no recipe": lambda facts: facts.pop("recipe"),
-    "no timesteps": lambda facts: facts.pop("timesteps"),
-    "no float layers": lambda facts: facts.pop("float_layers"),
-    "no metrics": lambda facts: facts.pop("metrics"),
-    "no versions": lambda facts: facts.pop("versions"),
-    "no digest": lambda facts: facts.pop("tensors_sha256"),
-    "model without class": lambda facts: facts["model"].pop("class_name"),
-    "model with more": lambda facts: facts["model"].update(more=1),
-    "model a list": lambda facts: facts.update(model=[1]),
-    "timesteps text": lambda facts: facts.update(timesteps="soon"),
-    "layers null": lambda facts: facts.update(layers=None),
-    "layer text": lambda facts: facts["layers"].append("conv"),
-    "layer without name": lambda facts: facts["layers"][0].pop("name"),
-    "layer without kind": lambda facts: facts["layers"][0].pop("kind"),
-    "layer without parts": lambda facts: facts["layers"][0].pop("parts"),
-    "layer without kernel": lambda facts: facts["layers"][0].pop("kernel"),
-    "layer without bits": lambda facts: facts["layers"][0].pop("bits"),
-    "layer of another name": lambda facts: facts["layers"][0].update(name="down.conv2"),
-    "layer of other channels": lambda facts: facts["layers"][0].update(out_channels=4),
-    "layer of other parts": lambda facts: facts["layers"][1].update(parts=[7]),
-    "layer of no groups": lambda facts: facts["layers"][0].update(groups=0),
-    "layer of nine bits": lambda facts: facts["layers"][0]["bits"].update(weight=9),
-    "layer of text bits": lambda facts: facts["layers"][0].update(bits="w4a8"),
-    "layer of fewer bits": lambda facts: facts["layers"][2]["bits"].update(weight=5),
-    "layer of fewer activation bits": lambda facts: facts["layers"][0]["bits"].update(activation=3),
-    "layer lost from the front": lambda facts: facts["layers"].pop(0),
-    "layer lost from the end": lambda facts: facts["layers"].pop(),
-    "layer twice": lambda facts: facts["layers"].append(facts["layers"][0]),
-    "float layer without reason": lambda facts: facts["float_layers"][0].pop("reason"),
-    "timestep lost": lambda facts: facts["timesteps"].pop(),
+    "no layers": lambda manifest: manifest.pop("layers"),
+    "no model": lambda manifest: manifest.pop("model"),
+    "no recipe": lambda manifest: manifest.pop("recipe"),
+    "no timesteps": lambda manifest: manifest.pop("timesteps"),
+    "no float layers": lambda manifest: manifest.pop("float_layers"),
+    "no metrics": lambda manifest: manifest.pop("metrics"),
+    "no versions": lambda manifest: manifest.pop("versions"),
+    "no digest": lambda manifest: manifest.pop("tensors_sha256"),
+    "model without class": lambda manifest: manifest["model"].pop("class_name"),
+    "model with more": lambda manifest: manifest["model"].update(more=1),
+    "model a list": lambda manifest: manifest.update(model=[1]),
+    "timesteps text": lambda manifest: manifest.update(timesteps="soon"),
+    "layers null": lambda manifest: manifest.update(layers=None),
+    "layer text": lambda manifest: manifest["layers"].append("conv"),
+    "layer without name": lambda manifest: manifest["layers"][0].pop("name"),
+    "layer without kind": lambda manifest: manifest["layers"][0].pop("kind"),
+    "layer without parts": lambda manifest: manifest["layers"][0].pop("parts"),
+    "layer without kernel": lambda manifest: manifest["layers"][0].pop("kernel"),
+    "layer without bits": lambda manifest: manifest["layers"][0].pop("bits"),
+    "layer of another name": lambda manifest: manifest["layers"][0].update(name="down.conv2"),
+    "layer of other channels": lambda manifest: manifest["layers"][0].update(out_channels=4),
+    "layer of other parts": lambda manifest: manifest["layers"][1].update(parts=[7]),
+    "layer of no groups": lambda manifest: manifest["layers"][0].update(groups=0),
+    "layer of nine bits": lambda manifest: manifest["layers"][0]["bits"].update(weight=9),
+    "layer of text bits": lambda manifest: manifest["layers"][0].update(bits="w4a8"),
+    "layer of fewer bits": lambda manifest: manifest["layers"][2]["bits"].update(weight=5),
+    "layer of fewer activation bits": lambda manifest: manifest["layers"][0]["bits"].update(activation=3),
+    "layer lost from the front": lambda manifest: manifest["layers"].pop(0),
+    "layer lost from the end": lambda manifest: manifest["layers"].pop(),
+    "layer twice": lambda manifest: manifest["layers"].append(manifest["layers"][0]),
+    "float layer without reason": lambda manifest: manifest["float_layers"][0].pop("reason"),
+    "timestep lost": lambda manifest: manifest["timesteps"].pop(),
 }
 
 
 @pytest.mark.parametrize("damage", FACTS_DAMAGE.values(), ids=FACTS_DAMAGE)
-def test_damaged_facts_are_reported(folder: Path, damage: Callable[[Any], object]) -> None:
-    edit_facts(folder, damage)
+def test_damaged_manifest_are_reported(folder: Path, damage: Callable[[Any], object]) -> None:
+    edit_manifest(folder, damage)
     with pytest.raises(CheckpointError, match=r"damaged checkpoint:? .+|layer \S+: \S"):
         load_checkpoint(folder)
 
@@ -411,7 +411,7 @@ def test_a_tensor_that_no_layer_has_is_reported(folder: Path) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.floats(0, 1, exclude_max=True), st.sampled_from('09-."[]{},: ex\n'))
-def test_a_changed_character_of_the_facts_never_ends_in_a_traceback(position: float, character: str) -> None:
+def test_a_changed_character_of_the_manifest_never_ends_in_a_traceback(position: float, character: str) -> None:
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
         save_checkpoint(random_checkpoint(three_layers()), folder, run={})

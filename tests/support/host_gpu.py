@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from engines.tensorrt.plan_file import Machine, PlanFacts, Runtime, save_plan
+from engines.tensorrt.plan_file import Machine, PlanMetadata, Runtime, save_plan
 from engines.tensorrt.profile import ShapeRange
 
 CONTENT = b"a plan"
@@ -32,7 +32,7 @@ MACHINES: dict[Runtime, Machine] = {
 def plan_for(runtime: Runtime, path: Path, **changes: Any) -> Path:
     """A plan that suits the machine of its runtime in :data:`MACHINES`."""
     rtx = runtime == "tensorrt-rtx"
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "sha256": hashlib.sha256(CONTENT).hexdigest(),
         "machine": MACHINES[runtime],
         "capabilities": ("8.9",) if rtx else (),
@@ -43,10 +43,10 @@ def plan_for(runtime: Runtime, path: Path, **changes: Any) -> Path:
         "shapes": SHAPES,
         "settings": {},
         "layers": {},
-        "facts": None,
+        "metadata": None,
         "versions": {},
     }
-    save_plan(CONTENT, path, PlanFacts(**facts | changes))
+    save_plan(CONTENT, path, PlanMetadata(**metadata | changes))
     return path
 
 

@@ -26,11 +26,11 @@ def executed_precision(model: Path | bytes, layers: Sequence[str]) -> dict[str, 
     compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found: dict[str, list[str]] = {name: [] for name in layers}
     for node in compiled.get_runtime_model().get_ordered_ops():
-        facts = node.get_rt_info()
-        if facts["layerType"].astype(str) not in OPERATORS:
+        metadata = node.get_rt_info()
+        if metadata["layerType"].astype(str) not in OPERATORS:
             continue
-        originals = facts["originalLayersNames"].astype(str).split(",")
+        originals = metadata["originalLayersNames"].astype(str).split(",")
         owners = [match[1] for match in map(OPERATOR.fullmatch, originals) if match is not None and match[1] in found]
         if owners:  # what follows the operator may be fused into it
-            found[owners[0]].append(facts["runtimePrecision"].astype(str))
+            found[owners[0]].append(metadata["runtimePrecision"].astype(str))
     return {name: tuple(precisions) for name, precisions in found.items()}

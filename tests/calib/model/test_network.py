@@ -13,7 +13,7 @@ from torch import nn
 
 from calib.model.load import SourceModel, load_model
 from calib.model.network import build_network, float_tensors, predict, replace_modules
-from dmq_export.checkpoint import Checkpoint, ModelFacts
+from dmq_export.checkpoint import Checkpoint, SourceInfo
 from dmq_export.errors import CheckpointError
 
 
@@ -102,7 +102,7 @@ def test_a_surplus_tensor_is_named(tiny: SourceModel, tiny_checkpoint: Checkpoin
 
 
 def test_an_unknown_class_is_named(tiny_checkpoint: Checkpoint) -> None:
-    unknown = ModelFacts("UNet9DModel", tiny_checkpoint.model.config, {}, "")
+    unknown = SourceInfo("UNet9DModel", tiny_checkpoint.model.config, {}, "")
     with pytest.raises(CheckpointError, match=r"diffusers .* has no 'UNet9DModel'"):
         build_network(replace(tiny_checkpoint, model=unknown), {})
 

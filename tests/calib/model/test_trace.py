@@ -17,7 +17,7 @@ from oracle import operate
 from calib.model.network import float_tensors
 from calib.model.trace import _drop_idle_squeezes, _output_shape, trace_network
 from dmq_export.bits import Bits
-from dmq_export.checkpoint import Checkpoint, ModelFacts, Probe
+from dmq_export.checkpoint import Checkpoint, Probe, SourceInfo
 from dmq_export.errors import ExportError
 from dmq_export.graph.marker import DOMAIN, OPSET, OUTPUT
 from dmq_export.layer import LayerSpec
@@ -52,7 +52,7 @@ def traced_checkpoint() -> Checkpoint:
     query = LayerSpec("mid_block.attentions.0.to_q", "linear", 4, (4,), bits)
     sample = np.zeros((1, 2, 2, 8, 4), np.float32)
     return Checkpoint(
-        model=ModelFacts("UNet2DModel", dict(network.config), {}, ""),
+        model=SourceInfo("UNet2DModel", dict(network.config), {}, ""),
         recipe={"bits": "w4a8"},
         timesteps=np.array([5], np.float32),
         layers=(random_layer(down), random_layer(query)),

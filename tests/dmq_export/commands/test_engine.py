@@ -26,7 +26,7 @@ from dmq_export.common.bundled import BUNDLED
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
 from dmq_export.graph.compare import TOLERANCE, rms_ratio
-from dmq_export.graph.onnx_file import facts_of
+from dmq_export.graph.onnx_file import metadata_of
 from engines.tensorrt.plan_file import Runtime
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,8 +40,8 @@ def test_the_contract(backend: str, fixture: str, request: pytest.FixtureRequest
     engine = open_engine(request.getfixturevalue(fixture), Execution(backend))
     assert engine.backend == backend
     assert engine.name == "w4a8"
-    assert engine.facts.steps == 3
-    assert engine.facts.timesteps == (67, 34, 1)
+    assert engine.metadata.steps == 3
+    assert engine.metadata.timesteps == (67, 34, 1)
     prediction = engine.denoise(SAMPLE, 67.0, class_labels=LABELS)
     assert prediction.shape == SAMPLE.shape
     assert prediction.dtype == np.float32
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_references_samples(
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_graph_of_fixed_batch_takes_any(backend: str, tiny_fixed_onnx: Path) -> None:
     engine = open_engine(tiny_fixed_onnx, Execution(backend, threads=1))
-    assert engine.facts.batch == Batch(4, 4, 4)
+    assert engine.metadata.batch == Batch(4, 4, 4)
     rng = np.random.default_rng(0)
     sample, labels = rng.standard_normal((6, 1, 8, 8), np.float32), np.arange(6) % 3
 
@@ -107,8 +107,8 @@ def test_a_graph_of_fixed_batch_draws_what_one_of_any_batch_draws(tiny_onnx: Pat
     """Ten samples in batches of four; with guidance each is of eight rows, twice what the graph takes."""
     for settings in (SampleSettings(count=10), SampleSettings(count=3, null_label=2, guidance_scale=2.0)):
         fixed, free = (open_engine(path, Execution(threads=1)) for path in (tiny_fixed_onnx, tiny_onnx))
-        assert settings.sized(fixed.facts).batch == 4
-        assert settings.sized(free.facts).batch == 32
+        assert settings.sized(fixed.metadata).batch == 4
+        assert settings.sized(free.metadata).batch == 32
         expected = draw_samples(free, replace(settings, batch=4), Progress(show=False))
         drawn = draw_samples(fixed, settings, Progress(show=False))
         # another batch may sum in another order and flip a few codes
@@ -118,8 +118,8 @@ def test_a_graph_of_fixed_batch_draws_what_one_of_any_batch_draws(tiny_onnx: Pat
 def test_auto_takes_what_the_file_was_exported_for(tiny_onnx: Path, tmp_path: Path) -> None:
     assert open_engine(tiny_onnx).backend == "onnxruntime"
     model = onnx.load(tiny_onnx)
-    facts = json.loads(model.metadata_props[0].value)
-    model.metadata_props[0].value = json.dumps(facts | {"target": "openvino"})
+    metadata = json.loads(model.metadata_props[0].value)
+    model.metadata_props[0].value = json.dumps(metadata | {"target": "openvino"})
     onnx.save(model, tmp_path / "ov.onnx")
     assert open_engine(tmp_path / "ov.onnx").backend == "openvino"
     assert open_engine(tmp_path / "ov.onnx", Execution("onnxruntime")).backend == "onnxruntime"
@@ -187,12 +187,12 @@ def test_a_plan_runs_on_what_it_was_built_for(
 ) -> None:
     """On a GPU made of host memory; a stand-in, because this needs a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    given = facts_of(onnx_ir.load(tiny_onnx))
-    plan, notes = plan_for(runtime, tmp_path / "model.plan", facts=given), []
+    given = metadata_of(onnx_ir.load(tiny_onnx))
+    plan, notes = plan_for(runtime, tmp_path / "model.plan", metadata=given), []
     on_host_memory(monkeypatch)
     for backend in ("auto", runtime):
         engine = open_engine(plan, Execution(backend), notes.append)
-        assert (engine.backend, engine.name, engine.facts.steps) == (runtime, "w4a8", 3)
+        assert (engine.backend, engine.name, engine.metadata.steps) == (runtime, "w4a8", 3)
     with pytest.raises(DmqError, match=f"model.plan runs on {runtime}, not on {other}"):
         open_engine(plan, Execution(other))
     with pytest.raises(DmqError, match=f"--provider cuda was asked for, but .* runs on {runtime}, which has none"):
@@ -207,7 +207,7 @@ def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
 
 def test_a_float_model_of_another_shape_is_refused(tiny_onnx: Path) -> None:
     engine = open_engine(tiny_onnx)
-    other = replace(engine, facts=replace(engine.facts, config={**engine.facts.config, "sample_size": 4}))
+    other = replace(engine, metadata=replace(engine.metadata, config={**engine.metadata.config, "sample_size": 4}))
     with pytest.raises(DmqError, match=r"digits makes samples of \(1, 16, 16\), the engine of \(1, 4, 4\)"):
         float_engine(str(BUNDLED / "digits"), other)
 
@@ -217,7 +217,7 @@ import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 from pathlib import Path
 import numpy as np
-from dmq_export.metadata import read_facts
+from dmq_export.metadata import read_metadata
 from dmq_export.sampling.noise import initial_noise
 from dmq_export.sampling.loop import sample
 from dmq_export.denoiser.config import sample_shape
@@ -226,9 +226,9 @@ from dmq_export.graph.onnx_metadata import onnx_metadata
 from engines.{module} import {denoiser}
 
 path = Path({path!r})
-facts = read_facts(onnx_metadata(path), path)
-ddim = Ddim(DdimSettings.from_config(facts.scheduler), facts.steps)
-noise = initial_noise(sample_shape(facts.config), range(5), seed=3)
+metadata = read_metadata(onnx_metadata(path), path)
+ddim = Ddim(DdimSettings.from_config(metadata.scheduler), metadata.steps)
+noise = initial_noise(sample_shape(metadata.config), range(5), seed=3)
 samples = sample({denoiser}(path, threads=1), noise, ddim, {{"class_labels": np.arange(5) % 3}})
 np.save({output!r}, samples)
 """

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
-from plans import CONTENT, FACTS
+from plans import CONTENT, PLAN_METADATA
 from qdq import wide_model
 
 from dmq_export.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_printed_with_reasons_and_provenance(tiny_checkpoint_fol
 def test_an_onnx_file_of_another_tool_is_counted(tmp_path: Path) -> None:
     ir.save(wide_model(), tmp_path / "wide.onnx")
     summary = inspect_onnx(tmp_path / "wide.onnx")
-    assert summary.facts is None
+    assert summary.metadata is None
     assert summary.products == {"int8": 3, "float": 2, "quantized": 1}
     assert summary.pairs == {
         "QuantizeLinear of activations, INT8": 7,
@@ -99,7 +99,7 @@ def test_external_data_counts(tmp_path: Path) -> None:
 
 def test_a_plan_is_described_without_being_loaded(tmp_path: Path) -> None:
     plan = tmp_path / "model.plan"
-    save_plan(CONTENT, plan, FACTS)
+    save_plan(CONTENT, plan, PLAN_METADATA)
     text = run(plan).stdout
     for word in ("w4a8 UNet2DModel", "as built", "TensorRT 10.16.1.11", "NVIDIA H200", "4x4x8x8", "reformat"):
         assert word in text, word
@@ -109,7 +109,7 @@ def test_a_plan_is_described_without_being_loaded(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_another_tools_model_is_described(tmp_path: Path) -> None:
-    save_plan(CONTENT, tmp_path / "model.plan", replace(FACTS, facts=None, stripped=True, layers={}))
+    save_plan(CONTENT, tmp_path / "model.plan", replace(PLAN_METADATA, metadata=None, stripped=True, layers={}))
     text = run(tmp_path / "model.plan").stdout
     assert "of a model of another tool" in text
     assert "weights inside: no" in text

@@ -10,12 +10,12 @@ from calib.pipeline.vae import decode
 from dmq_export.commands.pictures import painter
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 
 QUIET = Progress(show=False)
 RECIPE = {"steps": 2, "scales": "static"}
-PIXELS = Facts("reference", "w4a8", {"in_channels": 3, "sample_size": 8}, {}, RECIPE, (1.0,))
-LATENTS = Facts("reference", "w4a8", {"in_channels": 4, "sample_size": 8}, {}, RECIPE, (1.0,))
+PIXELS = ExportMetadata("reference", "w4a8", {"in_channels": 3, "sample_size": 8}, {}, RECIPE, (1.0,))
+LATENTS = ExportMetadata("reference", "w4a8", {"in_channels": 4, "sample_size": 8}, {}, RECIPE, (1.0,))
 
 
 def test_pixels_are_pictures_already() -> None:

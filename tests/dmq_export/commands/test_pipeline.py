@@ -104,10 +104,10 @@ def call(made: Made, pipeline: Any, noise: torch.Tensor) -> np.ndarray:
 
 def drawn(made: Made, engine: Engine, noise: torch.Tensor, generator: torch.Generator) -> np.ndarray:
     """The same by our own sampler and decoder."""
-    config = engine.facts.config
+    config = engine.metadata.config
     asked = replace(made.asked, labels=(0, 1)) if made.kind == "dit" else made.asked
     given, without = told(str(config["_class_name"]), config, asked, 2)
-    scheduler = build_scheduler(engine.facts.scheduler, None, STEPS, config)
+    scheduler = build_scheduler(engine.metadata.scheduler, None, STEPS, config)
     library = torch_library()
     result = sample(
         lambda x, t, **inputs: library.of_numpy(engine.denoise(library.to_numpy(x), float(t), **inputs)),
@@ -125,7 +125,7 @@ def drawn(made: Made, engine: Engine, noise: torch.Tensor, generator: torch.Gene
 def test_a_pipeline_draws_what_our_own_sampler_draws(made: Made) -> None:
     engine = open_engine(made.checkpoint)
     generator = torch.Generator().manual_seed(7)
-    noise = torch.randn(2, *sample_shape(engine.facts.config), generator=generator)
+    noise = torch.randn(2, *sample_shape(engine.metadata.config), generator=generator)
     pictures = call(made, loaded(made), noise)
     expected = drawn(made, engine, noise, generator)
     assert pictures.shape == expected.shape
@@ -147,7 +147,7 @@ def test_a_pipeline_around_an_exported_graph_draws_what_its_checkpoint_draws(mad
     """Text, labels, sizes and both branches of guidance reach the graph's inputs."""
     generator = torch.Generator().manual_seed(7)
     engine = open_engine(made.checkpoint)
-    noise = torch.randn(2, *sample_shape(engine.facts.config), generator=generator)
+    noise = torch.randn(2, *sample_shape(engine.metadata.config), generator=generator)
     pictures = call(made, loaded(made, graph), noise)
     expected = call(made, loaded(made), noise)
     assert pictures.shape == expected.shape

@@ -20,12 +20,12 @@ from dmq_export.commands.sampler import (
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
 from dmq_export.errors import DmqError
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 from dmq_export.sampling.loop import sample
 from dmq_export.sampling.names import SCHEDULERS
 from dmq_export.sampling.noise import initial_noise
 
-FACTS = Facts(
+METADATA = ExportMetadata(
     target="portable",
     bits="w4a8",
     config={"sample_size": 4, "in_channels": 2, "num_class_embeds": 3},
@@ -48,17 +48,17 @@ def denoise(x: np.ndarray, t: float, **conditioning: np.ndarray) -> np.ndarray:
 
 
 LABELS = {"class_labels": np.arange(2)}
-ENGINE = Engine("w4a8", "numpy", denoise, FACTS)
+ENGINE = Engine("w4a8", "numpy", denoise, METADATA)
 
 
-def drawn(facts: Facts = FACTS, **settings: Any) -> np.ndarray:
-    return draw_samples(replace(ENGINE, facts=facts), SampleSettings(**settings), Progress(show=False))
+def drawn(metadata: ExportMetadata = METADATA, **settings: Any) -> np.ndarray:
+    return draw_samples(replace(ENGINE, metadata=metadata), SampleSettings(**settings), Progress(show=False))
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ddim"])
 def test_other_schedulers_are_diffusers_own(name: str) -> None:
     result = drawn(count=3, scheduler=name, seed=2)
-    scheduler = build_scheduler(FACTS.scheduler, name, 5)
+    scheduler = build_scheduler(METADATA.scheduler, name, 5)
     options = step_options(
         scheduler,
         eta=0.0,
@@ -74,18 +74,18 @@ def test_ddim_is_ours_and_close_to_that_of_diffusers() -> None:
     result = drawn(count=3, seed=2)
     noise = torch.from_numpy(initial_noise((2, 4, 4), range(3), 2))
     labels = {"class_labels": torch.arange(3)}
-    expected = sample(network, noise, build_scheduler(FACTS.scheduler, None, 5), labels).numpy()
+    expected = sample(network, noise, build_scheduler(METADATA.scheduler, None, 5), labels).numpy()
     # five steps with four coefficients each, whose square roots PyTorch may round the other way
     np.testing.assert_allclose(result, expected, rtol=0, atol=20 * 2.0**-23 * np.abs(expected).max())
-    assert type(sampler_for(FACTS, SampleSettings()).scheduler).__module__ == "dmq_export.sampling.ddim"
+    assert type(sampler_for(METADATA, SampleSettings()).scheduler).__module__ == "dmq_export.sampling.ddim"
 
 
 def test_what_our_ddim_lacks_diffusers_does() -> None:
-    facts = replace(FACTS, scheduler={**FACTS.scheduler, "thresholding": True})
-    sampler = sampler_for(facts, SampleSettings())
+    metadata = replace(METADATA, scheduler={**METADATA.scheduler, "thresholding": True})
+    sampler = sampler_for(metadata, SampleSettings())
     assert type(sampler.scheduler).__module__.startswith("diffusers.")
     assert sampler.name == "DDIMScheduler"
-    assert drawn(facts, count=2).shape == (2, 2, 4, 4)
+    assert drawn(metadata, count=2).shape == (2, 2, 4, 4)
 
 
 @pytest.mark.parametrize("change", [{"scheduler": "ddpm"}, {"scheduler": "ddim", "eta": 1.0}, {"scheduler": "euler"}])
@@ -96,12 +96,12 @@ def test_a_sample_depends_on_its_number_not_its_batch(change: dict[str, Any]) ->
 
 
 def test_eta_is_that_of_the_calibration_unless_asked_otherwise() -> None:
-    facts = replace(FACTS, recipe={**FACTS.recipe, "eta": 1.0})
-    assert sampler_for(facts, SampleSettings()).eta == 1.0
-    assert sampler_for(facts, SampleSettings(eta=0.0)).eta == 0.0
-    assert sampler_for(facts, SampleSettings(scheduler="euler")).eta == 0.0  # which has none
-    np.testing.assert_array_equal(drawn(facts, count=2), drawn(count=2, eta=1.0))
-    assert not np.array_equal(drawn(facts, count=2), drawn(count=2))
+    metadata = replace(METADATA, recipe={**METADATA.recipe, "eta": 1.0})
+    assert sampler_for(metadata, SampleSettings()).eta == 1.0
+    assert sampler_for(metadata, SampleSettings(eta=0.0)).eta == 0.0
+    assert sampler_for(metadata, SampleSettings(scheduler="euler")).eta == 0.0  # which has none
+    np.testing.assert_array_equal(drawn(metadata, count=2), drawn(count=2, eta=1.0))
+    assert not np.array_equal(drawn(metadata, count=2), drawn(count=2))
 
 
 def test_eta_for_a_scheduler_that_has_none_is_refused() -> None:
@@ -118,7 +118,7 @@ def test_without_diffusers_only_ddim_samples(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_guidance_goes_past_the_conditional_prediction() -> None:
     result = drawn(count=3, labels=(0, 1), null_label=2, guidance_scale=2.0)
-    conditioning = conditioning_for(FACTS, SampleSettings(count=3, labels=(0, 1)))
+    conditioning = conditioning_for(METADATA, SampleSettings(count=3, labels=(0, 1)))
     doubled = {"class_labels": 2 * conditioning.given["class_labels"] - 2}  # the toy network is linear in its label
     expected = draw_samples(ENGINE, SampleSettings(count=3), Progress(show=False), Conditioning(doubled))
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
@@ -140,12 +140,12 @@ def test_conditioning_of_any_kind_reaches_the_network() -> None:
 
 def test_labels_cycle_and_guidance_needs_the_label_for_none() -> None:
     settings = SampleSettings(count=5, labels=(0, 2), null_label=1, guidance_scale=3.0)
-    conditioning = conditioning_for(FACTS, settings)
+    conditioning = conditioning_for(METADATA, settings)
     assert conditioning.given["class_labels"].tolist() == [0, 2, 0, 2, 0]
     assert conditioning.unconditional["class_labels"].tolist() == [1] * 5
     assert conditioning.rows(range(1, 3)).given["class_labels"].tolist() == [2, 0]
     with pytest.raises(DmqError, match="give --null-label"):
-        conditioning_for(FACTS, SampleSettings(guidance_scale=3.0))
+        conditioning_for(METADATA, SampleSettings(guidance_scale=3.0))
 
 
 def test_the_digest_tells_conditionings_apart() -> None:
@@ -165,7 +165,7 @@ def test_the_digest_tells_conditionings_apart() -> None:
 
 def test_a_batch_alone_is_that_batch_of_all() -> None:
     settings = SampleSettings(count=6, batch=4)
-    conditioning = conditioning_for(FACTS, settings)
+    conditioning = conditioning_for(METADATA, settings)
     rows = range(4, 6)
     (alone,) = draw_batches(ENGINE, settings, conditioning, [rows], Progress(show=False))
     np.testing.assert_array_equal(alone, drawn(count=6, batch=4)[4:])

@@ -61,17 +61,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return asked
 
 
-def test_a_plan_is_written_with_its_facts(onnx: Path, out: Path, gpu: dict[str, Any]) -> None:
+def test_a_plan_is_written_with_its_metadata(onnx: Path, out: Path, gpu: dict[str, Any]) -> None:
     result = run(onnx, "-o", out / "m.plan", "--workspace", "2GiB", "--refit", "--optimization-level", 5)
     assert result.exit_code == 0, result.output
     assert "int8" in result.stdout
     assert "warning" not in result.stdout
-    content, facts = read_plan(out / "m.plan", MACHINE)
+    content, metadata = read_plan(out / "m.plan", MACHINE)
     assert content == PLAN
-    assert facts.layers == {"int8": 1, "float16": 1}
-    assert facts.settings == {"optimization_level": 5, "workspace": 2**31, "refit": True}
-    assert facts.shapes == {"x": ShapeRange(*[(1, 32, 8, 8)] * 3)}
-    assert list(facts.onnx_sha256) == ["model.onnx"]
+    assert metadata.layers == {"int8": 1, "float16": 1}
+    assert metadata.settings == {"optimization_level": 5, "workspace": 2**31, "refit": True}
+    assert metadata.shapes == {"x": ShapeRange(*[(1, 32, 8, 8)] * 3)}
+    assert list(metadata.onnx_sha256) == ["model.onnx"]
     assert sorted(path.name for path in out.iterdir()) == ["m.engine.json", "m.plan"]
     assert gpu["source"].integer_nodes == ("layer3/Conv",)
 

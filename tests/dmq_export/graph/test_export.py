@@ -23,7 +23,7 @@ from dmq_export.errors import CheckFailedError, DmqError
 from dmq_export.graph.compare import rms_ratio
 from dmq_export.graph.export import data_path, layer_bytes, loadable, save_onnx, serialized, weight_bytes
 from dmq_export.graph.node_builder import NodeBuilder
-from dmq_export.metadata import FACTS
+from dmq_export.metadata import METADATA_KEY
 from engines.onnxruntime import OnnxSession
 
 
@@ -83,15 +83,15 @@ def test_no_trace_of_this_machine_is_in_the_file(tiny_onnx: Path, model: ir.Mode
 
 
 def test_the_file_says_what_it_is(session: OnnxSession, tiny_checkpoint: Checkpoint) -> None:
-    facts = json.loads(session.metadata[FACTS])
-    assert facts["target"] == "portable"
-    assert facts["model"] == "UNet2DModel"
-    assert facts["bits"] == "w4a8"
-    assert facts["timesteps"] == tiny_checkpoint.timesteps.tolist()
-    assert facts["config"]["num_class_embeds"] == 3
-    assert facts["scheduler"]["_class_name"] == "DDIMScheduler"
-    assert facts["recipe"] == tiny_checkpoint.recipe
-    assert facts["weights_sha256"] == tiny_checkpoint.model.weights_sha256
+    metadata = json.loads(session.metadata[METADATA_KEY])
+    assert metadata["target"] == "portable"
+    assert metadata["model"] == "UNet2DModel"
+    assert metadata["bits"] == "w4a8"
+    assert metadata["timesteps"] == tiny_checkpoint.timesteps.tolist()
+    assert metadata["config"]["num_class_embeds"] == 3
+    assert metadata["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert metadata["recipe"] == tiny_checkpoint.recipe
+    assert metadata["weights_sha256"] == tiny_checkpoint.model.weights_sha256
 
 
 def test_the_file_names_its_producer_and_its_network(model: ir.Model) -> None:

@@ -24,7 +24,7 @@ from dmq_export.graph.float_twin import float_twin
 from dmq_export.graph.integer import lower_integer
 from dmq_export.graph.lower import lower
 from dmq_export.layer import QuantizedLayer
-from dmq_export.metadata import FACTS
+from dmq_export.metadata import METADATA_KEY
 from engines.onnxruntime import OnnxSession
 from engines.tensorrt.compiler import Compiled, Request, compile_onnx
 
@@ -35,7 +35,7 @@ HALF = 2e-3  # of the largest output: half precision's rounding of the weights, 
 def lowered(layer: QuantizedLayer, x: np.ndarray) -> ir.Model:
     model = marked_model(layer.spec, x)
     lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt"))
-    model.metadata_props[FACTS] = "{}"
+    model.metadata_props[METADATA_KEY] = "{}"
     return model
 
 

@@ -8,7 +8,7 @@ import pytest
 from qdq import GraphBuilder, conv_model
 
 from dmq_export.errors import DmqError
-from dmq_export.graph.onnx_file import external_files, facts_of, input_sizes, load_onnx
+from dmq_export.graph.onnx_file import external_files, input_sizes, load_onnx, metadata_of
 
 
 @pytest.fixture
@@ -80,16 +80,16 @@ def test_weights_that_old_files_list_as_inputs_are_none() -> None:
     assert list(input_sizes(model)) == ["x"]
 
 
-def test_facts_are_those_of_our_export(tiny_onnx: Path) -> None:
-    facts = facts_of(load_onnx(tiny_onnx))
-    assert facts is not None
-    assert facts["bits"] == "w4a8"
-    assert facts_of(conv_model()) is None
+def test_metadata_is_that_of_our_export(tiny_onnx: Path) -> None:
+    metadata = metadata_of(load_onnx(tiny_onnx))
+    assert metadata is not None
+    assert metadata["bits"] == "w4a8"
+    assert metadata_of(conv_model()) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_damaged_facts_are_an_error(text: str) -> None:
+def test_damaged_metadata_is_an_error(text: str) -> None:
     model = conv_model()
     model.metadata_props["dmq"] = text
     with pytest.raises(DmqError, match="the model's 'dmq' metadata is damaged"):
-        facts_of(model)
+        metadata_of(model)

@@ -13,7 +13,7 @@ from dmq_export.graph.onnx_metadata import onnx_metadata
 FOREIGN = Path(__file__).parents[3] / "dmq_export/models/digits/classifier.onnx"
 
 
-def test_the_facts_of_an_export_are_found(tiny_onnx: Path) -> None:
+def test_the_metadata_of_an_export_is_found(tiny_onnx: Path) -> None:
     expected = {entry.key: entry.value for entry in onnx.load(tiny_onnx).metadata_props}
     assert onnx_metadata(tiny_onnx) == expected
     assert "dmq" in expected

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dmq_export.metadata import Facts
+from dmq_export.metadata import ExportMetadata
 from dmq_export.sampling.deviations import mismatches
 
-FACTS = Facts(
+METADATA = ExportMetadata(
     target="portable",
     bits="w4a8",
     config={},
@@ -19,8 +19,8 @@ FACTS = Facts(
 AS_CALIBRATED = {"scheduler": "DDIMScheduler", "timesteps": (67, 34, 1), "eta": 0.0, "guidance_scale": None}
 
 
-def notes(facts: Facts = FACTS, **changes: Any) -> list[str]:
-    return list(mismatches(facts, **(AS_CALIBRATED | changes)))
+def notes(metadata: ExportMetadata = METADATA, **changes: Any) -> list[str]:
+    return list(mismatches(metadata, **(AS_CALIBRATED | changes)))
 
 
 def test_as_calibrated_there_is_nothing_to_say() -> None:
@@ -45,7 +45,7 @@ def test_each_departure_is_one_line(change: dict[str, Any], expected: str) -> No
 
 
 def test_guidance_left_out_is_told() -> None:
-    guided = replace(FACTS, recipe={**FACTS.recipe, "guidance_scale": 7.5})
+    guided = replace(METADATA, recipe={**METADATA.recipe, "guidance_scale": 7.5})
     assert notes(guided) == ["without guidance, calibrated with guidance scale 7.5"]
 
 
@@ -54,5 +54,5 @@ def test_a_subset_of_the_calibrated_timesteps_is_no_departure() -> None:
 
 
 def test_one_range_for_all_steps_fits_any_timestep() -> None:
-    static = replace(FACTS, recipe={**FACTS.recipe, "scales": "static"})
+    static = replace(METADATA, recipe={**METADATA.recipe, "scales": "static"})
     assert notes(static, timesteps=(99, 50)) == []

@@ -5,29 +5,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import CONTENT, FACTS, MACHINE
+from plans import CONTENT, MACHINE, PLAN_METADATA
 
 from dmq_export.errors import DmqError
-from engines.tensorrt.plan_file import Machine, facts_path, mismatch, read_facts, read_plan, save_plan
+from engines.tensorrt.plan_file import Machine, metadata_path, mismatch, read_plan, read_plan_metadata, save_plan
 from engines.tensorrt.summary import KernelSummary
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
     path = tmp_path / "model.plan"
-    save_plan(CONTENT, path, FACTS)
+    save_plan(CONTENT, path, PLAN_METADATA)
     return path
 
 
 def test_what_is_saved_is_read(plan: Path) -> None:
-    assert read_facts(plan) == FACTS
-    assert read_plan(plan, MACHINE) == (CONTENT, FACTS)
+    assert read_plan_metadata(plan) == PLAN_METADATA
+    assert read_plan(plan, MACHINE) == (CONTENT, PLAN_METADATA)
     assert sorted(path.name for path in plan.parent.iterdir()) == ["model.engine.json", "model.plan"]
 
 
 def test_the_file_beside_the_plan_is_plain_json(plan: Path) -> None:
-    content = json.loads(facts_path(plan).read_text())
-    assert content["schema"] == 2
+    content = json.loads(metadata_path(plan).read_text())
+    assert content["schema"] == 3
     assert content["machine"]["gpu"] == "NVIDIA H200"
     assert content["shapes"]["sample"]["maximum"] == [4, 4, 8, 8]
 
@@ -44,7 +44,7 @@ def test_a_plan_for_another_machine_is_refused_with_the_reason(plan: Path) -> No
 
 
 def test_a_plan_without_its_file_is_refused(plan: Path) -> None:
-    facts_path(plan).unlink()
+    metadata_path(plan).unlink()
     with pytest.raises(DmqError, match=r"has no model\.engine\.json beside it, so nothing vouches for it"):
         read_plan(plan, MACHINE)
     plan.unlink()
@@ -69,16 +69,16 @@ def test_a_plan_without_its_file_is_refused(plan: Path) -> None:
         {"unknown": 1},
     ],
 )
-def test_damaged_facts_are_refused(plan: Path, change: dict[str, object]) -> None:
-    path = facts_path(plan)
+def test_damaged_metadata_is_refused(plan: Path, change: dict[str, object]) -> None:
+    path = metadata_path(plan)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DmqError, match=r"model\.engine\.json is damaged .*: build the plan again"):
         read_plan(plan, MACHINE)
 
 
 def test_another_schema_is_refused(plan: Path) -> None:
-    path = facts_path(plan)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    path = metadata_path(plan)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
     with pytest.raises(DmqError, match="is not of schema 2: build the plan again"):
         read_plan(plan, MACHINE)
 
@@ -111,13 +111,13 @@ def test_another_schema_is_refused(plan: Path) -> None:
     ],
 )
 def test_who_can_run_a_plan(changes: dict[str, object], here: dict[str, str], reason: str | None) -> None:
-    found = mismatch(replace(FACTS, **changes), replace(MACHINE, **here))
+    found = mismatch(replace(PLAN_METADATA, **changes), replace(MACHINE, **here))
     assert found is None if reason is None else found is not None and reason in found
 
 
 RTX = Machine("tensorrt-rtx", "1.7.1.116", "Linux x86_64")
-RTX_FACTS = replace(
-    FACTS,
+RTX_METADATA = replace(
+    PLAN_METADATA,
     machine=RTX,
     capabilities=("8.6", "8.9"),
     layers={},
@@ -126,8 +126,8 @@ RTX_FACTS = replace(
 
 
 def test_a_plan_of_tensorrt_rtx_names_no_gpu(tmp_path: Path) -> None:
-    save_plan(CONTENT, tmp_path / "model.plan", RTX_FACTS)
-    assert read_facts(tmp_path / "model.plan") == RTX_FACTS
+    save_plan(CONTENT, tmp_path / "model.plan", RTX_METADATA)
+    assert read_plan_metadata(tmp_path / "model.plan") == RTX_METADATA
 
 
 @pytest.mark.parametrize(
@@ -141,5 +141,5 @@ def test_a_plan_of_tensorrt_rtx_names_no_gpu(tmp_path: Path) -> None:
     ],
 )
 def test_who_can_run_a_plan_of_tensorrt_rtx(here: dict[str, str], reason: str | None) -> None:
-    found = mismatch(RTX_FACTS, replace(RTX, **here))
+    found = mismatch(RTX_METADATA, replace(RTX, **here))
     assert found is None if reason is None else found is not None and reason in found

@@ -14,7 +14,7 @@ import dmq_export.common.extras
 from dmq_export.cli import main
 from dmq_export.commands import trt_build
 from engines.tensorrt.capability import runs_on
-from engines.tensorrt.plan_file import read_facts
+from engines.tensorrt.plan_file import read_plan_metadata
 from engines.tensorrt.profile import ShapeRange
 
 RTX = ("--runtime", "tensorrt-rtx")
@@ -52,14 +52,14 @@ def test_a_plan_is_written_with_what_it_is(onnx: Path, plan: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "products in Int8" in result.stdout
     assert "for compute capability 8.9, 12.0, TensorRT-RTX 1." in result.stdout
-    facts = read_facts(plan)
-    assert facts.sha256 == hashlib.sha256(plan.read_bytes()).hexdigest()
-    assert (facts.runtime, facts.machine.gpu, facts.capabilities) == ("tensorrt-rtx", None, ("8.9", "12.0"))
-    assert facts.onnx_sha256 == {"model.onnx": hashlib.sha256(onnx.read_bytes()).hexdigest()}
-    assert facts.kernels is not None
-    assert (facts.kernels.integer, facts.kernels.not_integer) == (("layer3/Conv",), ())
-    assert facts.kernels.engine_bytes == plan.stat().st_size
-    assert facts.kernels.activation_bytes is not None
+    metadata = read_plan_metadata(plan)
+    assert metadata.sha256 == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert (metadata.runtime, metadata.machine.gpu, metadata.capabilities) == ("tensorrt-rtx", None, ("8.9", "12.0"))
+    assert metadata.onnx_sha256 == {"model.onnx": hashlib.sha256(onnx.read_bytes()).hexdigest()}
+    assert metadata.kernels is not None
+    assert (metadata.kernels.integer, metadata.kernels.not_integer) == (("layer3/Conv",), ())
+    assert metadata.kernels.engine_bytes == plan.stat().st_size
+    assert metadata.kernels.activation_bytes is not None
     made = result.stdout.split("\n\n")
     assert made[0] in inspected(plan)
     assert made[1] in inspected(plan)
@@ -80,10 +80,10 @@ def test_an_open_batch_needs_no_shapes(tmp_path: Path, plan: Path) -> None:
     result = run(saved(open_model(), tmp_path / "m.onnx"), "-o", plan)
     assert result.exit_code == 0, result.output
     assert "the batch is open: building for 1 to 8, tuned for 2 (--shapes x:1x4x32,2x4x32,8x4x32 says" in result.stderr
-    facts = read_facts(plan)
-    assert facts.shapes == {"x": ShapeRange((1, 4, 32), (2, 4, 32), (8, 4, 32))}
-    assert facts.kernels is not None
-    assert (facts.kernels.activation_bytes, facts.kernels.float_products) == (None, ("layer4/MatMul",))
+    metadata = read_plan_metadata(plan)
+    assert metadata.shapes == {"x": ShapeRange((1, 4, 32), (2, 4, 32), (8, 4, 32))}
+    assert metadata.kernels is not None
+    assert (metadata.kernels.activation_bytes, metadata.kernels.float_products) == (None, ("layer4/MatMul",))
     for text in (result.stdout, inspected(plan)):
         assert "activations moved" in text
         assert "Bytes moved are known where every size is fixed" in text
@@ -93,7 +93,7 @@ def test_an_open_batch_needs_no_shapes(tmp_path: Path, plan: Path) -> None:
 def test_one_shape_fixes_the_bytes(tmp_path: Path, plan: Path) -> None:
     result = run(saved(open_model(), tmp_path / "m.onnx"), "-o", plan, "--shapes", "x:2x4x32")
     assert result.exit_code == 0, result.output
-    kernels = read_facts(plan).kernels
+    kernels = read_plan_metadata(plan).kernels
     assert kernels is not None
     assert kernels.activation_bytes is not None
     assert kernels.activation_bytes >= 2 * 2 * 4 * (32 + 8)  # the input and the output in float16

@@ -15,7 +15,7 @@ from dmq_export.errors import DmqError
 from engines.tensorrt import engine as engine_module
 from engines.tensorrt.engine import TensorRtDenoiser, _require_inputs
 from engines.tensorrt.environment import missing_to_run
-from engines.tensorrt.plan_file import Runtime, facts_path
+from engines.tensorrt.plan_file import Runtime, metadata_path
 from engines.tensorrt.runtime_cache import cache_path
 
 
@@ -64,7 +64,7 @@ def test_the_commands_say_it_on_one_line_too(tmp_path: Path, runtime: Runtime) -
 
 def test_a_plan_that_nothing_vouches_for_is_refused_first(tmp_path: Path) -> None:
     path = plan_for("tensorrt-rtx", tmp_path / "model.plan")
-    facts_path(path).unlink()
+    metadata_path(path).unlink()
     with pytest.raises(DmqError, match=r"has no model\.engine\.json beside it"):
         TensorRtDenoiser(path)
 
