@@ -32,7 +32,7 @@ from dmq_export.errors import DmqError, StoppedError
 from dmq_export.layer import Scheme
 from dmq_export.recipe import Preset, PtsLayers, Rounding, Scales, recipe_from
 from dmq_export.sampling.names import SCHEDULERS
-from dmq_export.target import FloatType, Target, usual_type
+from dmq_export.target import FloatType, Target
 from engines.tensorrt.plan_file import HardwareCompatibility, RuntimeChoice
 
 CALIBRATE_GROUPS = {
@@ -284,8 +284,7 @@ def onnx(
     from dmq_export.commands.export import export_onnx
     from dmq_export.common.progress import Progress
 
-    choices = {"target": target, "dtype": dtype or usual_type(target), "batch": batch}
-    export = export_onnx(checkpoint, output, Progress(), verify=verify, **choices)
+    export = export_onnx(checkpoint, output, Progress(), target=target, dtype=dtype, batch=batch, verify=verify)
     for note in export.notes:
         click.echo(note, err=True)
     click.echo(json.dumps(asdict(export), indent=1, default=str) if as_json else export.text())

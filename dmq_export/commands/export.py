@@ -16,7 +16,7 @@ from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.layer import QuantizedLayer
 from dmq_export.lint import Finding, findings_table, lint_model, require_buildable
-from dmq_export.target import FloatType, Target
+from dmq_export.target import FloatType, Target, usual_type
 
 if TYPE_CHECKING:
     from dmq_export.graph.export import ExportedGraph
@@ -67,7 +67,7 @@ def export_onnx(
     progress: Progress | None = None,
     *,
     target: Target = "portable",
-    dtype: FloatType = "float32",
+    dtype: FloatType | None = None,
     batch: Batch | None = None,
     verify: bool = True,
 ) -> Export:
@@ -75,7 +75,7 @@ def export_onnx(
 
     Args:
         target: the runtime whose kernels the graph is for.
-        dtype: of all that is not integer.
+        dtype: of all that is not integer; None for float16 where TensorRT is to run it, else float32.
         batch: the sizes that the graph takes; None for any.
         verify: False writes the graph without the proof.
 
@@ -89,7 +89,7 @@ def export_onnx(
     require_file(output)
     checkpoint = load_checkpoint(Path(checkpoint_folder))
     with progress.stage("ONNX", 1, "graph") as advance:
-        graph = export_graph(checkpoint, target, dtype, batch)
+        graph = export_graph(checkpoint, target, dtype or usual_type(target), batch)
         advance(1)
     findings = lint_model(graph.model) if graph.target == "tensorrt" else None
     require_buildable(findings or (), str(output))

@@ -175,11 +175,12 @@ def _engines(folder: Path, stages: Mapping[str, Progress]) -> tuple[dict[str, Ke
     for name in VARIANTS:
         onnx = folder / f"{name}-tensorrt.onnx"
         export_onnx(folder / name, onnx, stages[name], target="tensorrt", dtype="float16", batch=ENGINE_BATCH)
-        facts = build_engine(onnx, folder / f"{name}.plan", order, BuildSettings(), stages[name], lambda _: None).facts
-        assert facts.kernels is not None
-        assert facts.float16 is not None
-        compiler, engines[name] = facts.machine.title, facts.kernels
-        float16 = facts.float16
+        plan = folder / f"{name}.plan"
+        metadata = build_engine(onnx, plan, order, BuildSettings(), stages[name], lambda _: None).metadata
+        assert metadata.kernels is not None
+        assert metadata.float16 is not None
+        compiler, engines[name] = metadata.machine.title, metadata.kernels
+        float16 = metadata.float16
     return engines | {"plain float16": float16}, compiler
 
 
