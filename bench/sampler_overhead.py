@@ -27,7 +27,7 @@ from dmq_export.commands.engine import Engine, Execution, open_engine
 from dmq_export.commands.sampler import Conditioning, SampleSettings, draw_samples
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
-from dmq_export.denoiser.conditioning import made_up
+from dmq_export.denoiser.conditioning import dummy_conditioning
 from dmq_export.sampling.ddim import Ddim
 from dmq_export.sampling.names import SCHEDULERS
 
@@ -58,7 +58,9 @@ def seconds_of(engine: Engine, settings: SampleSettings, clock: Clock) -> tuple[
     """Of one batch: in the engine, outside it, and of that in the scheduler's own code."""
     whole, inside, scheduler = Meter(clock), Meter(clock), Meter(clock)
     config, name = engine.metadata.config, settings.scheduler
-    conditioning = Conditioning(made_up(str(config.get("_class_name")), config, engine.inputs, settings.count))
+    conditioning = Conditioning(
+        dummy_conditioning(str(config.get("_class_name")), config, engine.inputs, settings.count)
+    )
     own = Ddim if name == "ddim" else getattr(diffusers, SCHEDULERS[str(name)])
     metered: dict[str, Any] = {
         method: scheduler.timed(getattr(own, method)) for method in ("step", "scale_model_input")

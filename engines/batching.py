@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def in_pieces(
+def run_batched(
     run: Callable[[Mapping[str, Array]], NDArray[np.float32]],
     arrays: Mapping[str, Array],
     sizes: tuple[int, int | None],
@@ -23,11 +23,11 @@ def in_pieces(
         arrays: ``sample [N, ...]`` and the rest; what is as long as the sample is cut and padded with it.
         sizes: the smallest and the largest batch; None for no limit.
     """
-    predictions = [run(piece)[:count] for piece, count in pieces(arrays, *sizes)]
+    predictions = [run(piece)[:count] for piece, count in batches(arrays, *sizes)]
     return predictions[0] if len(predictions) == 1 else np.concatenate(predictions)
 
 
-def pieces(
+def batches(
     arrays: Mapping[str, Array], smallest: int, largest: int | None
 ) -> Iterator[tuple[Mapping[str, Array], int]]:
     """Pieces of at least ``smallest`` and at most ``largest`` rows, each with how many of its rows count.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.batching import in_pieces
+from engines.batching import run_batched
 from engines.inputs import Input, batch_sizes
 
 
@@ -38,7 +38,7 @@ class GraphDenoiser:
         self, sample: NDArray[np.float32], timestep: float, **conditioning: NDArray[Any]
     ) -> NDArray[np.float32]:
         inputs = {"sample": sample, "timestep": np.array(timestep, np.float32), **conditioning}
-        return in_pieces(self._predict, inputs, self._sizes)
+        return run_batched(self._predict, inputs, self._sizes)
 
     def _predict(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         prediction = next(iter(self._run(inputs).values()))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calib.model.load import SourceModel
-from dmq_export.denoiser.conditioning import Asked, told
+from dmq_export.denoiser.conditioning import Request, conditioning_of
 from dmq_export.recipe import Recipe
 
 
@@ -36,7 +36,7 @@ def recipe_conditioning(source: SourceModel, recipe: Recipe, count: int) -> Cond
     Raises:
         ModelError: the recipe lacks what the model takes, or holds what it does not know.
     """
-    asked = Asked(recipe.labels, recipe.null_label, recipe.embeddings, recipe.guidance_scale)
-    branches = told(source.class_name, source.config, asked, count)
+    request = Request(recipe.labels, recipe.null_label, recipe.embeddings, recipe.guidance_scale)
+    branches = conditioning_of(source.class_name, source.config, request, count)
     tensors = ({name: torch.from_numpy(value) for name, value in branch.items()} for branch in branches)
     return Conditioning(*tensors)

@@ -17,7 +17,7 @@ from dmq_export.common.memory import current_memory
 from dmq_export.common.progress import Progress
 from dmq_export.common.table import table
 from dmq_export.denoiser.arguments import LABELS, arguments
-from dmq_export.denoiser.conditioning import made_up
+from dmq_export.denoiser.conditioning import dummy_conditioning
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
 from dmq_export.sampling.noise import initial_noise
@@ -190,7 +190,7 @@ def _evaluation(engine: Engine, batch: int) -> Callable[[int], Any]:
     timesteps = engine.metadata.timesteps
     sample = initial_noise(sample_shape(engine.metadata.config), range(batch), 0)
     config = engine.metadata.config
-    conditioning = made_up(str(config.get("_class_name")), config, engine.inputs, batch)
+    conditioning = dummy_conditioning(str(config.get("_class_name")), config, engine.inputs, batch)
     return lambda number: engine.denoise(sample, timesteps[number % len(timesteps)], **conditioning)
 
 

@@ -14,11 +14,11 @@ from dmq_export.errors import DmqError
 from dmq_export.metadata import ExportMetadata
 
 Samples = NDArray[np.float32]
-Paint = Callable[[Samples], Samples]
+Decode = Callable[[Samples], Samples]
 """``samples [N, ...] -> pictures [N, C, H, W]`` in -1..1"""
 
 
-def painter(metadata: ExportMetadata, pipeline: Path | None, progress: Progress) -> Paint:
+def picture_decoder(metadata: ExportMetadata, pipeline: Path | None, progress: Progress) -> Decode:
     """What makes pictures of the samples of a network; the decoder is loaded when there is something to decode.
 
     Args:
@@ -42,8 +42,8 @@ def painter(metadata: ExportMetadata, pipeline: Path | None, progress: Progress)
         require_pictures(sample_shape(metadata.config)[0])
         return lambda samples: samples
 
-    def paint(samples: Samples) -> Samples:
+    def decode_samples(samples: Samples) -> Samples:
         with progress.stage("decoding", len(samples), "picture") as advance:
             return decode(folder, samples, advance=advance)
 
-    return paint
+    return decode_samples

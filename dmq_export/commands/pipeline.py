@@ -15,7 +15,7 @@ from dmq_export.denoiser.arguments import arguments
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError
 from dmq_export.metadata import ExportMetadata
-from dmq_export.sampling.deviations import mismatches
+from dmq_export.sampling.deviations import deviations
 
 
 def load_pipeline(model: str | Path, engine: str | Path, execution: Execution | None = None) -> Any:
@@ -55,7 +55,7 @@ def _notes(scheduler: Any, metadata: ExportMetadata) -> Iterator[str]:
     timesteps = build_scheduler(
         {**scheduler.config, "_class_name": name}, None, metadata.steps, metadata.config
     ).timesteps
-    return mismatches(
+    return deviations(
         metadata,
         scheduler=name,
         timesteps=[float(timestep) for timestep in timesteps],

@@ -14,7 +14,7 @@ import numpy as np
 from dmq_export import __version__
 from dmq_export.checkpoint import MANIFEST
 from dmq_export.commands.engine import Engine, Execution, float_engine, open_engine
-from dmq_export.commands.pictures import Paint, painter
+from dmq_export.commands.pictures import Decode, picture_decoder
 from dmq_export.commands.prompts import NO_TEXT, Prompting
 from dmq_export.commands.sampler import (
     Conditioning,
@@ -28,7 +28,7 @@ from dmq_export.common.distributed import Rank
 from dmq_export.common.files import require_file, sha256
 from dmq_export.common.progress import Progress
 from dmq_export.errors import DmqError
-from dmq_export.sampling.deviations import mismatches
+from dmq_export.sampling.deviations import deviations
 from dmq_export.sampling.npz_shards import SampleShards
 
 SHOWN = 100  # samples in a picture at most
@@ -94,7 +94,7 @@ def sample_engine(
     _require_outputs(outputs, rank)
     engine = open_engine(path, execution, progress.tell)
     settings = settings.sized(engine.metadata)
-    paint = None if outputs.picture is None else painter(engine.metadata, outputs.pipeline, progress)
+    decode_samples = None if outputs.picture is None else picture_decoder(engine.metadata, outputs.pipeline, progress)
     embeddings = prompting.encoded(
         outputs.pipeline,
         progress,
@@ -117,7 +117,7 @@ def sample_engine(
     else:
         return Sampled((), waits_for=len(shards.missing()))
     others = None if beside is None else draw_batches(beside, settings, conditioning, settings.batches(), progress)
-    psnr = _show(engine.name, batches, others, outputs.picture, paint)
+    psnr = _show(engine.name, batches, others, outputs.picture, decode_samples)
     return Sampled(tuple(path for path in (outputs.picture, outputs.npz) if path is not None), psnr)
 
 
@@ -138,7 +138,7 @@ def _notes(engine: Engine, settings: SampleSettings, outputs: Outputs) -> Iterat
         DmqError: the scheduler does not suit the settings.
     """
     sampler = sampler_for(engine.metadata, settings)
-    yield from mismatches(
+    yield from deviations(
         engine.metadata,
         scheduler=sampler.name,
         timesteps=[float(t) for t in sampler.scheduler.timesteps],
@@ -200,7 +200,11 @@ def _identity(
 
 
 def _show(
-    name: str, batches: Iterable[Samples], others: Iterable[Samples] | None, picture: Path | None, paint: Paint | None
+    name: str,
+    batches: Iterable[Samples],
+    others: Iterable[Samples] | None,
+    picture: Path | None,
+    decode_samples: Decode | None,
 ) -> float | None:
     """Write the picture, one batch in memory at a time; PSNR against ``others`` in dB, or None without."""
     from dmq_export.sampling.images import psnr, save_grid
@@ -217,6 +221,6 @@ def _show(
             rows["float"].append(other[room])
             decibels += psnr(other, drawn) * len(drawn)
         count += len(drawn)
-    if picture is not None and paint is not None:
-        save_grid({row: paint(np.concatenate(shown)) for row, shown in rows.items()}, picture)
+    if picture is not None and decode_samples is not None:
+        save_grid({row: decode_samples(np.concatenate(shown)) for row, shown in rows.items()}, picture)
     return None if others is None else decibels / count

@@ -20,7 +20,7 @@ from calib.model.schedulers import build_scheduler, step_options
 from dmq_export.commands.engine import Engine
 from dmq_export.common.progress import Progress
 from dmq_export.common.seeds import stream_seed
-from dmq_export.denoiser.conditioning import Asked, told
+from dmq_export.denoiser.conditioning import Request, conditioning_of
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.denoiser.embeddings import Embeddings
 from dmq_export.errors import DmqError
@@ -112,12 +112,14 @@ def conditioning_for(
     Raises:
         DmqError: it is not said what to draw, or what is said does not suit the model.
     """
-    asked = _asked(settings, embeddings)
-    return Conditioning(*told(str(metadata.config.get("_class_name")), metadata.config, asked, settings.count))
+    request = _request(settings, embeddings)
+    return Conditioning(
+        *conditioning_of(str(metadata.config.get("_class_name")), metadata.config, request, settings.count)
+    )
 
 
-def _asked(settings: SampleSettings, embeddings: Embeddings | None = None) -> Asked:
-    return Asked(settings.labels, settings.null_label, embeddings, settings.guidance_scale)
+def _request(settings: SampleSettings, embeddings: Embeddings | None = None) -> Request:
+    return Request(settings.labels, settings.null_label, embeddings, settings.guidance_scale)
 
 
 def draw_samples(

@@ -16,7 +16,7 @@ Named = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What the user wants drawn.
 
     Attributes:
@@ -32,7 +32,7 @@ class Asked:
     guidance_scale: float | None = None
 
 
-def told(class_name: str, config: Mapping[str, Any], asked: Asked, count: int) -> tuple[Named, Named]:
+def conditioning_of(class_name: str, config: Mapping[str, Any], request: Request, count: int) -> tuple[Named, Named]:
     """Conditioning of ``count`` samples, ``[count, ...]`` by name, and that of guidance's other branch.
 
     The second is empty without guidance, and for a model that is told the guidance scale.
@@ -41,49 +41,51 @@ def told(class_name: str, config: Mapping[str, Any], asked: Asked, count: int) -
         ModelError: it is not said what the model must be told, or something is said that it does not know.
     """
     text = [argument for argument in arguments(class_name, config) if argument.name != LABELS]
-    given, without = labels_told(config, asked, count, alone=not text)
+    conditional, unconditional = _labels(config, request, count, alone=not text)
     if not text:
-        if asked.embeddings is not None:
+        if request.embeddings is not None:
             raise ModelError(f"{class_name} is told no text: leave out the prompts and their embeddings")
-        return given, without
-    if asked.embeddings is None:
+        return conditional, unconditional
+    if request.embeddings is None:
         takes = ", ".join(argument.text() for argument in text)
         raise ModelError(
             f"{class_name} is told what to draw by {takes}: give --prompts FILE for the pipeline's own text encoder, "
             "or --prompt-embeds FILE.npz"
         )
-    texts, no_texts = fitted(asked.embeddings, text, asked.guidance_scale).cycled(range(count))
-    return given | texts, (given | without | no_texts if no_texts else {})
+    texts, no_texts = fitted(request.embeddings, text, request.guidance_scale).cycled(range(count))
+    return conditional | texts, (conditional | unconditional | no_texts if no_texts else {})
 
 
-def made_up(class_name: str, config: Mapping[str, Any], inputs: Mapping[str, Sequence[Any]], count: int) -> Named:
+def dummy_conditioning(
+    class_name: str, config: Mapping[str, Any], inputs: Mapping[str, Sequence[Any]], count: int
+) -> Named:
     """Numbers in place of what a model is told, ``[count, ...]`` by name: enough to time it, which needs no prompt.
 
     Args:
         inputs: shapes ``[N, ...]`` by name, as the network takes them; sizes that are no number vary.
     """
     rng = np.random.default_rng(0)
-    given, _ = labels_told(config, Asked(), count)
+    conditional, _ = _labels(config, Request(), count)
     for argument in arguments(class_name, config):
-        if argument.name in inputs and argument.name not in given:
+        if argument.name in inputs and argument.name not in conditional:
             sizes = [size if isinstance(size, int) else TEXT_LENGTH for size in inputs[argument.name][1:]]
             numbers = rng.standard_normal((count, *sizes), np.float32)
-            given[argument.name] = np.ones_like(numbers, np.int64) if argument.integer else numbers
-    return given
+            conditional[argument.name] = np.ones_like(numbers, np.int64) if argument.integer else numbers
+    return conditional
 
 
-def labels_told(config: Mapping[str, Any], asked: Asked, count: int, *, alone: bool = True) -> tuple[Named, Named]:
-    """Labels alone, as :func:`told`; not ``alone`` but beside text, guidance needs no null label.
+def _labels(config: Mapping[str, Any], request: Request, count: int, *, alone: bool = True) -> tuple[Named, Named]:
+    """Labels alone, as :func:`conditioning_of`; not ``alone`` but beside text, guidance needs no null label.
 
     Raises:
         ModelError: the labels do not suit the model, or guidance lacks the label that stands for none.
     """
-    if alone and asked.guidance_scale is not None and asked.null_label is None:
+    if alone and request.guidance_scale is not None and request.null_label is None:
         raise ModelError("guidance needs the label that stands for no label: give --null-label")
-    labels = labels_for(config, asked.labels, asked.null_label, count)
+    labels = labels_for(config, request.labels, request.null_label, count)
     if labels is None:
         return {}, {}
-    given = np.array(labels, np.int64)
-    if asked.guidance_scale is None or asked.null_label is None:
-        return {LABELS: given}, {}
-    return {LABELS: given}, {LABELS: np.full_like(given, asked.null_label)}
+    conditional = np.array(labels, np.int64)
+    if request.guidance_scale is None or request.null_label is None:
+        return {LABELS: conditional}, {}
+    return {LABELS: conditional}, {LABELS: np.full_like(conditional, request.null_label)}

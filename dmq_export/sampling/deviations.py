@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dmq_export.metadata import ExportMetadata
 
 
-def mismatches(
+def deviations(
     metadata: ExportMetadata, *, scheduler: str, timesteps: Iterable[float], eta: float, guidance_scale: float | None
 ) -> Iterator[str]:
     """One line for each departure.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dmq_export.common.files import sha256
 from dmq_export.errors import DmqError
-from engines.batching import in_pieces
+from engines.batching import run_batched
 from engines.inputs import Input
 from engines.tensorrt.cuda import Buffer, Stream
 from engines.tensorrt.environment import require_runtime
@@ -76,7 +76,7 @@ class TensorRtDenoiser:
         _require_inputs(arrays, self.metadata.shapes)
         sample_range = self.metadata.shapes["sample"]
         sizes = sample_range.minimum[0], sample_range.maximum[0]
-        return in_pieces(lambda piece: self._run(piece).astype(np.float32), arrays, sizes)
+        return run_batched(lambda piece: self._run(piece).astype(np.float32), arrays, sizes)
 
     def _run(self, arrays: Mapping[str, Array]) -> Array:
         """The first output for inputs of one batch; overwritten by the next call."""

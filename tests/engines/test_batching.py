@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.batching import Array, in_pieces, pieces
+from engines.batching import Array, batches, run_batched
 
 
 @given(count=st.integers(1, 20), smallest=st.integers(1, 6), more=st.none() | st.integers(0, 6))
@@ -22,20 +22,20 @@ def test_every_row_runs_once_in_a_size_the_network_takes(count: int, smallest: i
         sums.append(len(piece["sample"]))
         return piece["sample"][:, 0] + 100 * piece["labels"]
 
-    assert in_pieces(run, arrays, sizes).tolist() == [101 * row for row in range(count)]
+    assert run_batched(run, arrays, sizes).tolist() == [101 * row for row in range(count)]
     assert sum(sums) < count + smallest
 
 
 def test_a_batch_that_fits_is_not_copied() -> None:
     arrays = {"sample": np.zeros((4, 1)), "labels": np.arange(4)}
     for largest in (8, None):
-        ((piece, count),) = pieces(arrays, 1, largest)
+        ((piece, count),) = batches(arrays, 1, largest)
         assert count == 4
         assert all(piece[name] is arrays[name] for name in arrays)
 
 
 def test_what_is_no_batch_stays_whole() -> None:
     arrays = {"sample": np.zeros((4, 1)), "positions": np.arange(6)}
-    cut = [piece for piece, _ in pieces(arrays, 1, 2)]
+    cut = [piece for piece, _ in batches(arrays, 1, 2)]
     assert [len(piece["sample"]) for piece in cut] == [2, 2]
     assert all(len(piece["positions"]) == 6 for piece in cut)

@@ -29,7 +29,7 @@ from dmq_export.commands.export import export_onnx
 from dmq_export.commands.pipeline import load_pipeline
 from dmq_export.commands.sampler import torch_library
 from dmq_export.common.progress import Progress
-from dmq_export.denoiser.conditioning import Asked, told
+from dmq_export.denoiser.conditioning import Request, conditioning_of
 from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.sampling.loop import Guidance, sample
@@ -51,7 +51,7 @@ class Made:
     kind: str
     folder: Path
     checkpoint: Path
-    asked: Asked
+    asked: Request
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -59,10 +59,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind = str(request.param)
     folder = save_tiny_pipeline(kind, tmp_path_factory.mktemp(kind) / "pipeline")
     size = SAMPLE_SIZE.get(kind)
-    asked = Asked()
+    asked = Request()
     if kind in TEXTUAL:
         embeddings = encode_prompts(folder, PROMPTS, guidance_scale=SCALE, device=CPU, sample_size=size)
-        asked = Asked(embeddings=embeddings, guidance_scale=SCALE)
+        asked = Request(embeddings=embeddings, guidance_scale=SCALE)
     recipe = replace(
         TINY_RECIPE,
         samples=1,
@@ -106,7 +106,7 @@ def drawn(made: Made, engine: Engine, noise: torch.Tensor, generator: torch.Gene
     """The same by our own sampler and decoder."""
     config = engine.metadata.config
     asked = replace(made.asked, labels=(0, 1)) if made.kind == "dit" else made.asked
-    given, without = told(str(config["_class_name"]), config, asked, 2)
+    given, without = conditioning_of(str(config["_class_name"]), config, asked, 2)
     scheduler = build_scheduler(engine.metadata.scheduler, None, STEPS, config)
     library = torch_library()
     result = sample(
@@ -162,7 +162,7 @@ def simple(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = save_tiny_pipeline("ddpm", tmp_path_factory.mktemp("ddpm") / "pipeline")
     recipe = replace(TINY_RECIPE, samples=1, check_samples=1, steps=STEPS, les_iterations=0, rounding="nearest")
     calibrate(folder, folder.parent / "checkpoint", recipe, Resources(CPU), Progress(show=False))
-    return Made("ddpm", folder, folder.parent / "checkpoint", Asked())
+    return Made("ddpm", folder, folder.parent / "checkpoint", Request())
 
 
 def replaced_scheduler(made: Made, folder: Path, scheduler: Any) -> Path:

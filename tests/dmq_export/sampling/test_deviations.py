@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dmq_export.metadata import ExportMetadata
-from dmq_export.sampling.deviations import mismatches
+from dmq_export.sampling.deviations import deviations
 
 METADATA = ExportMetadata(
     target="portable",
@@ -20,7 +20,7 @@ AS_CALIBRATED = {"scheduler": "DDIMScheduler", "timesteps": (67, 34, 1), "eta": 
 
 
 def notes(metadata: ExportMetadata = METADATA, **changes: Any) -> list[str]:
-    return list(mismatches(metadata, **(AS_CALIBRATED | changes)))
+    return list(deviations(metadata, **(AS_CALIBRATED | changes)))
 
 
 def test_as_calibrated_there_is_nothing_to_say() -> None:
