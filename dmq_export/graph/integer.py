@@ -170,7 +170,7 @@ def _rounded(steps: _Steps, lowered: LoweredLayer, suffix: str, x: ir.Value, act
     # OpenVINO (2026.4) loses constant bounds between a factor per channel and the quantizer
     early = activation.container is np.uint8 and activation.bounds is not None and len(activation.bounds) == 1
     if early:
-        x = _clipped(steps, lowered, suffix, x, activation, 1 / activation.factor.astype(np.float64))
+        x = _clipped(steps, suffix, x, activation, 1 / activation.factor.astype(np.float64))
     if (activation.factor != 1).any():
         factor = steps.value(f"factor{suffix}", activation.factor[None])
         x = builder.op("Mul", [x, factor], name=f"{SCALED}{suffix}")
@@ -182,7 +182,7 @@ def _rounded(steps: _Steps, lowered: LoweredLayer, suffix: str, x: ir.Value, act
         shift = steps.value(f"shift{suffix}", (activation.shift * scale).astype(np.float32))
         x = builder.op("Add", [x, shift], name=f"shifted{suffix}")
     if activation.bounds is not None and not early:
-        x = _clipped(steps, lowered, suffix, x, activation, np.ones(1))
+        x = _clipped(steps, suffix, x, activation, np.ones(1))
     qparams = [
         builder.constant(f"scale{suffix}", np.asarray(scale)),
         builder.constant(f"zero_point{suffix}", np.array(activation.zero_point, activation.container)),
@@ -192,12 +192,7 @@ def _rounded(steps: _Steps, lowered: LoweredLayer, suffix: str, x: ir.Value, act
 
 
 def _clipped(
-    steps: _Steps,
-    lowered: LoweredLayer,
-    suffix: str,
-    x: ir.Value,
-    activation: ActivationCodes,
-    unit: NDArray[np.float64],
+    steps: _Steps, suffix: str, x: ir.Value, activation: ActivationCodes, unit: NDArray[np.float64]
 ) -> ir.Value:
     """``x`` within the bounds, in steps of ``scale * unit``; ``unit`` is ``[C]`` or ``[1]``."""
     assert activation.bounds is not None
