@@ -42,7 +42,7 @@ def to_float16(model: ir.Model) -> None:
     kept = _from_timestep(graph)
     for value in [*graph.inputs, *(output for node in graph if node not in kept for output in node.outputs)]:
         if value.dtype == FLOAT and value.name != "timestep":
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)  # a new one: clones of a model share the old
     for node in list(graph):
         if node in kept:
             _cast_results(graph, node, kept)

@@ -38,6 +38,14 @@ def test_only_what_follows_from_the_timestep_alone_is_float32(graph: ir.Graph) -
     assert casts[0].outputs[0].uses()[0][0].op_type == "Gemm"
 
 
+def test_a_clone_becomes_float16_alone() -> None:
+    layer = random_layer(conv2d(name="a.conv"))
+    model = marked_model(layer.spec, random_input(layer.spec))
+    lower(model, (layer,), TIMESTEPS, lower_integer("tensorrt"))
+    to_float16(model.clone())
+    assert {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} == {FLOAT}
+
+
 def test_scales_are_float16_and_so_is_what_they_scale(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
