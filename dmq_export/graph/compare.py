@@ -60,7 +60,7 @@ class LayerComparison:
         if self.wrong_codes:
             return f"layer {self.name}: {self.wrong_codes} activation codes differ from the reference"
         if self.output_error == float("inf"):
-            return f"layer {self.name}: its output is not finite: a sum overflows"
+            return f"layer {self.name}: its output is not finite: a sum overflows, or is no number"
         allowed = f"(allowed {self.tolerance:.0e})"
         if self.output_error > self.tolerance:
             return f"layer {self.name}: output differs by {self.output_error:.1e} {allowed}"

@@ -29,6 +29,7 @@ BITS = {
     "FP4": 4,
 }
 PRODUCTS = frozenset({"convolution", "matrix product"})
+INTEGER_TYPES = frozenset({"correlation", "gemm"})
 NO_KERNELS = frozenset({"wait", "signal", "shape_call"})  # what the table lists beside kernels
 KINDS = {  # the table's word: ours
     "correlation": "convolution",
@@ -90,8 +91,8 @@ class Kernel:
 
     @property
     def integer(self) -> bool:
-        """Whether its data are 8-bit integers."""
-        return self.is_product and any(tensor.type == "Int8" for tensor in self.inputs)
+        """Whether it multiplies 8-bit integers; a fused product that reads them dequantizes them first."""
+        return self.type in INTEGER_TYPES and any(tensor.type == "Int8" for tensor in self.inputs)
 
     @property
     def moved(self) -> float:

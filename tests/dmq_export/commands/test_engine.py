@@ -236,7 +236,7 @@ np.save({output!r}, samples)
 
 @pytest.mark.parametrize(
     ("module", "denoiser", "other"),
-    [("ort", "OnnxRuntimeDenoiser", "openvino"), ("openvino", "OpenVinoDenoiser", "onnxruntime")],
+    [("onnxruntime", "OnnxRuntimeDenoiser", "openvino"), ("openvino", "OpenVinoDenoiser", "onnxruntime")],
 )
 def test_an_engine_is_deployable_with_numpy_and_its_runtime_alone(
     module: str, denoiser: str, other: str, tiny_onnx: Path, tmp_path: Path
@@ -247,8 +247,7 @@ def test_an_engine_is_deployable_with_numpy_and_its_runtime_alone(
     output = tmp_path / "samples.npy"
     code = DEPLOYED.format(blocked=blocked, module=module, denoiser=denoiser, path=str(tiny_onnx), output=str(output))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-    backend = {"ort": "onnxruntime", "openvino": "openvino"}[module]
-    engine = open_engine(tiny_onnx, Execution(backend, threads=1))
+    engine = open_engine(tiny_onnx, Execution(module, threads=1))
     expected = draw_samples(engine, SampleSettings(count=5, seed=3), Progress(show=False))
     np.testing.assert_array_equal(np.load(output), expected)
 
