@@ -1,7 +1,11 @@
 """Ordinary diffusers pipelines around our engines: the same pictures as from our own sampler."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,6 +38,7 @@ from dmq_export.denoiser.config import sample_shape
 from dmq_export.errors import DmqError, ModelError
 from dmq_export.sampling.loop import Guidance, sample
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 STEPS = 2
 SCALE = 3.0
@@ -154,6 +159,24 @@ def test_a_pipeline_around_an_exported_graph_draws_what_its_checkpoint_draws(mad
     assert expected.std() > 0.01
     # two steps of a network this small flip no code
     np.testing.assert_allclose(pictures, expected, rtol=0, atol=1e-4)
+
+
+@needs_transformers
+@pytest.mark.parametrize("made", ["sd"], indirect=True)
+@pytest.mark.parametrize("document", ["README.md", "docs/models.md"])
+def test_the_examples_of_the_documents_run(
+    document: str, made: Made, graph: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    """On tiny files under the names that the examples give."""
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.S | re.M)
+    (example,) = (text for text in examples if "load_pipeline" in text)
+    files = {"stable-diffusion-v1-5": made.folder, "model.onnx": graph, "digits.onnx": tiny_onnx}
+    for name, there in files.items():
+        (tmp_path / name).symlink_to(there)
+    check = "assert image.size[0] > 0\nassert 'samples' not in globals() or len(samples) == 8"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{example}\n{check}"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
