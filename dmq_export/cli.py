@@ -19,6 +19,7 @@ from dmq_export.cli_options import (
     LabelList,
     Number,
     Size,
+    Whole,
     backend_option,
     choice,
     json_option,
@@ -106,82 +107,43 @@ def main() -> None:
 @click.argument("model")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The checkpoint folder to write.")
 @click.option("--preset", type=choice(Preset), default="balanced", help="Decides the defaults of the other options.")
+@preset_option("--bits", "bits", BitWidths(), "How many bits weights and activations get, w3a3 to w8a8.")
+@preset_option("--samples", "samples", Whole(1), "How many trajectories to calibrate on.")
+@preset_option("--steps", "steps", Whole(1), "How many sampling steps a trajectory has.")
+@preset_option("--scheduler", "scheduler", click.Choice(list(SCHEDULERS)), "Replaces the model's scheduler.")
+@preset_option("--eta", "eta", Number(0, 1), "How much fresh noise DDIM adds, 0 to 1.")
+@preset_option("--labels", "labels", LabelList(), "The class labels to draw in turn, such as 0-9.")
+@preset_option("--null-label", "null_label", int, "The label that stands for no label in guidance.")
 @preset_option(
-    "--bits", field="bits", type=BitWidths(), help="How many bits weights and activations get, w3a3 to w8a8."
-)
-@preset_option(
-    "--samples", field="samples", type=click.IntRange(min=1), metavar="N", help="How many trajectories to calibrate on."
-)
-@preset_option(
-    "--steps", field="steps", type=click.IntRange(min=1), metavar="N", help="How many sampling steps a trajectory has."
-)
-@preset_option(
-    "--scheduler", field="scheduler", type=click.Choice(list(SCHEDULERS)), help="Replaces the model's scheduler."
-)
-@preset_option("--eta", field="eta", type=Number(0, 1), metavar="X", help="How much fresh noise DDIM adds, 0 to 1.")
-@preset_option("--labels", field="labels", type=LabelList(), help="The class labels to draw in turn, such as 0-9.")
-@preset_option(
-    "--null-label", field="null_label", type=int, metavar="N", help="The label that stands for no label in guidance."
-)
-@preset_option(
-    "--guidance-scale",
-    field="guidance_scale",
-    type=Number(min=0),
-    metavar="X",
-    help="Calibrates with classifier-free guidance of this scale.",
+    "--guidance-scale", "guidance_scale", Number(min=0), "Calibrates with classifier-free guidance of this scale."
 )
 @click.option("--prompts", type=FOLDER, help="A text file with a prompt per line, for the pipeline's own text encoder.")
 @click.option("--prompt-embeds", type=FOLDER, help="An NPZ file of embeddings by argument name, instead of prompts.")
-@preset_option(
-    "--sample-size",
-    field="sample_size",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="The height and width of a Flux model's latents.",
-)
-@preset_option("--rounding", field="rounding", type=choice(Rounding), help="How the weights are rounded.")
+@preset_option("--sample-size", "sample_size", Whole(2), "The height and width of a Flux model's latents.")
+@preset_option("--rounding", "rounding", choice(Rounding), "How the weights are rounded.")
 @preset_option(
     "--les-iters",
-    field="les_iterations",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="How many iterations equivalent scaling (LES) takes per layer; 0 leaves it out.",
+    "les_iterations",
+    Whole(0),
+    "How many iterations equivalent scaling (LES) takes per layer; 0 leaves it out.",
 )
 @preset_option(
     "--timestep-alpha",
-    field="timestep_alpha",
-    type=Number(min=0),
-    metavar="X",
-    help="The exponent of the adaptive timestep weight; 0 weighs all steps alike.",
+    "timestep_alpha",
+    Number(min=0),
+    "The exponent of the adaptive timestep weight; 0 weighs all steps alike.",
 )
+@preset_option("--round-iters", "round_iterations", Whole(0), "How many iterations AdaRound takes per block.")
 @preset_option(
-    "--round-iters",
-    field="round_iterations",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="How many iterations AdaRound takes per block.",
+    "--activation-scheme", "scheme", choice(Scheme), "Whether a range's zero point is free or in the middle."
 )
-@preset_option(
-    "--activation-scheme",
-    field="scheme",
-    type=choice(Scheme),
-    help="Whether a range's zero point is free or in the middle.",
-)
-@preset_option(
-    "--activation-scales",
-    field="scales",
-    type=choice(Scales),
-    help="Whether each sampling step has a range of its own.",
-)
-@preset_option(
-    "--pts-layers", field="pts_layers", type=choice(PtsLayers), help="Which layers vote on power-of-two scaling (PTS)."
-)
+@preset_option("--activation-scales", "scales", choice(Scales), "Whether each sampling step has a range of its own.")
+@preset_option("--pts-layers", "pts_layers", choice(PtsLayers), "Which layers vote on power-of-two scaling (PTS).")
 @preset_option(
     "--sensitive-share",
-    field="sensitive_share",
-    type=Number(0, 1),
-    metavar="X",
-    help="Gives this share of the weights, where fewer bits cost most, w7a8.",
+    "sensitive_share",
+    Number(0, 1),
+    "Gives this share of the weights, where fewer bits cost most, w7a8.",
 )
 @click.option(
     "--float-layer",
@@ -197,13 +159,7 @@ def main() -> None:
 @click.option(
     "--max-memory", type=Size(), show_default="what is free", help="Bounds the memory, such as 8GB; on CUDA the GPU's."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    show_default="cores",
-    metavar="N",
-    help="How many processes fit layers on the CPU.",
-)
+@click.option("--workers", type=Whole(1), show_default="cores", help="How many processes fit layers on the CPU.")
 @click.option("--dry-run", is_flag=True, help="Only says what would be quantized, and what that would take.")
 @click.option(
     "--log-json", type=click.Path(path_type=Path, dir_okay=False), help="A file that gets a line of JSON per event."
@@ -373,7 +329,7 @@ def inspect(path: Path, as_json: bool) -> None:
     "--beside-float16", is_flag=True, help="Let TensorRT-RTX compile the graph before quantization too, to compare."
 )
 @click.option("--timing-cache", type=FOLDER, metavar="FILE", help="A file that makes later builds faster.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="5 builds longest and runs fastest.")
+@click.option("--optimization-level", type=Whole(0, 5), default=3, help="5 builds longest and runs fastest.")
 @click.option("--workspace", type=Size(), metavar="SIZE", help="The GPU memory that kernels may use.  [default: all]")
 @click.option("--version-compatible", is_flag=True, help="Let the plan run on later TensorRT versions too.")
 @click.option(
@@ -433,40 +389,24 @@ def trt_build(
 @provider_option
 @threads_option
 @click.option("--reference", metavar="MODEL", help="A float model to sample beside, from the same noise.")
-@click.option("--num", "count", type=click.IntRange(min=1), default=20, metavar="N", help="How many samples to draw.")
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="How many sampling steps to take.  [default: as calibrated]",
-)
+@click.option("--num", "count", type=Whole(1), default=20, help="How many samples to draw.")
+@click.option("--steps", type=Whole(1), help="How many sampling steps to take.  [default: as calibrated]")
 @click.option(
     "--scheduler", type=click.Choice(list(SCHEDULERS)), help="Which scheduler samples.  [default: as calibrated]"
 )
-@click.option(
-    "--eta", type=Number(0, 1), metavar="X", help="How much fresh noise DDIM adds, 0 to 1.  [default: as calibrated]"
-)
+@click.option("--eta", type=Number(0, 1), help="How much fresh noise DDIM adds, 0 to 1.  [default: as calibrated]")
 @click.option(
     "--labels", type=LabelList(), default=(), show_default="all", help="The class labels to draw in turn, such as 0-9."
 )
 @click.option(
-    "--guidance-scale",
-    type=Number(min=0),
-    metavar="X",
-    help="Samples with classifier-free guidance of this scale.  [default: none]",
+    "--guidance-scale", type=Number(min=0), help="Samples with classifier-free guidance of this scale.  [default: none]"
 )
-@click.option("--null-label", type=int, metavar="N", help="The label that stands for no label in guidance.")
+@click.option("--null-label", type=int, help="The label that stands for no label in guidance.")
 @click.option("--pipeline", type=FOLDER, help="Its text encoder reads prompts, its decoder makes pictures of latents.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt to draw; several take turns.")
 @click.option("--prompts", "prompt_file", type=FOLDER, help="A text file with a prompt per line.")
 @click.option("--prompt-embeds", type=FOLDER, help="An NPZ file of embeddings by argument name, instead of prompts.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    show_default="the graph's, or 32",
-    metavar="N",
-    help="How many samples an evaluation takes.",
-)
+@click.option("--batch", type=Whole(1), show_default="the graph's, or 32", help="How many samples an evaluation takes.")
 @seed_option
 def sample(
     engine: Path,
@@ -498,27 +438,9 @@ def sample(
 @main.command(short_help="Measure engines side by side in one run.")
 @click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
 @click.option("--reference", metavar="MODEL", help="A float model to measure too; ratios are to it.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    show_default="the graph's, or 1",
-    metavar="N",
-    help="How many samples an evaluation takes.",
-)
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=50,
-    metavar="N",
-    help="How many evaluations of each engine are timed.",
-)
-@click.option(
-    "--warm-up",
-    type=click.IntRange(min=1),
-    default=3,
-    metavar="N",
-    help="How many evaluations of each engine come before.",
-)
+@click.option("--batch", type=Whole(1), show_default="the graph's, or 1", help="How many samples an evaluation takes.")
+@click.option("--repeat", type=Whole(1), default=50, help="How many evaluations of each engine are timed.")
+@click.option("--warm-up", type=Whole(1), default=3, help="How many evaluations of each engine come before.")
 @threads_option
 @json_option
 def bench(engines: tuple[str, ...], reference: str | None, as_json: bool, **settings: Any) -> None:
@@ -547,14 +469,7 @@ def doctor(as_json: bool) -> None:
 
 @main.command(short_help="Take the bundled model the whole way.")
 @click.option("-o", "--output", type=FOLDER, default=Path("dmq-quickstart"), help="The folder for all results.")
-@click.option(
-    "--num",
-    "count",
-    type=click.IntRange(min=1),
-    default=400,
-    metavar="N",
-    help="How many samples to draw of each model.",
-)
+@click.option("--num", "count", type=Whole(1), default=400, help="How many samples to draw of each model.")
 @seed_option
 @json_option
 def quickstart(output: Path, count: int, seed: int, as_json: bool) -> None:

@@ -36,8 +36,16 @@ class LabelList(click.ParamType[tuple[int, ...]]):
         return tuple(labels)
 
 
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    name = "n"
+
+
 class Number(click.FloatRange):
     """A number in a range; click's own takes ``nan`` for one."""
+
+    name = "x"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -94,14 +102,14 @@ class Grouped(click.Command):
                 formatter.write_dl([row for row in rows if row is not None])
 
 
-def preset_option(*names: str, field: str, **attributes: Any) -> Callable[[Command], Command]:
-    """An option whose default is the preset's; the help shows each preset's value."""
-    values = {name: getattr(recipe, field) for name, recipe in PRESETS.items()}
+def preset_option(name: str, field: str, kind: Any, text: str) -> Callable[[Command], Command]:
+    """An option for the recipe's ``field`` whose default is the preset's; the help shows each preset's value."""
+    values = {preset: getattr(recipe, field) for preset, recipe in PRESETS.items()}
     words = {None: "none", (): "all"}
     shown = [str(words.get(value, value)) for value in values.values()]
     default = shown[0] if len(set(shown)) == 1 else f"{'/'.join(shown)} with {'/'.join(values)}"
-    attributes["help"] = f"{attributes['help']}  [default: {default}]"
-    return click.option(*names, field, default=None, show_default=False, **attributes)
+    help_text = f"{text}  [default: {default}]"
+    return click.option(name, field, type=kind, default=None, show_default=False, help=help_text)
 
 
 def choice(literal: Any) -> click.Choice[str]:
@@ -109,15 +117,11 @@ def choice(literal: Any) -> click.Choice[str]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-seed_option = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Decides everything that is random."
-)
+seed_option = click.option("--seed", type=Whole(0), default=0, help="Decides everything that is random.")
 backend_option = click.option(
     "--backend", type=choice(Backend), default="auto", help="The runtime to run on; auto goes by the file."
 )
 provider_option = click.option(
     "--provider", metavar="NAME", help="Where ONNX Runtime runs: cpu, cuda, tensorrt or tensorrt-rtx.  [default: cpu]"
 )
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="How many CPU threads to use.  [default: the backend's]"
-)
+threads_option = click.option("--threads", type=Whole(1), help="How many CPU threads to use.  [default: the backend's]")
