@@ -22,7 +22,7 @@ def unet(request: Request, config: dict[str, Any] = UNET, count: int = 3) -> tup
 
 def test_prompts_are_cycled_and_guidance_gets_the_empty_prompt() -> None:
     conditional, unconditional = unet(Request(embeddings=WORDS, guidance_scale=2.0))
-    np.testing.assert_array_equal(conditional[TEXT], WORDS.conditional[TEXT][[0, 1, 0]])
+    np.testing.assert_array_equal(conditional[TEXT], WORDS.given[TEXT][[0, 1, 0]])
     np.testing.assert_array_equal(unconditional[TEXT], np.zeros((3, 1, 16)))
     assert unet(Request(embeddings=WORDS))[1] == {}
 

@@ -79,7 +79,7 @@ def test_damaged_metadata_is_refused(plan: Path, change: dict[str, object]) -> N
 def test_another_schema_is_refused(plan: Path) -> None:
     path = metadata_path(plan)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
-    with pytest.raises(DmqError, match="is not of schema 2: build the plan again"):
+    with pytest.raises(DmqError, match="is not of schema 3: build the plan again"):
         read_plan(plan, MACHINE)
 
 
