@@ -1,6 +1,6 @@
 """What NVIDIA's compiler makes of every family's export: family x recipe x type x batch.
 
-    python bench/rtx_exports.py                                    # all 288; XX minutes on two cores
+    python bench/rtx_exports.py                                    # all 288; about an hour of a core
     python bench/rtx_exports.py --families sd flux --types float16 # some of them
     python bench/rtx_exports.py --every-case-once                  # what the tests run: 18
 
