@@ -39,7 +39,7 @@ from dmq_export.graph.export import lower_graph, save_onnx
 from dmq_export.graph.onnx_file import input_sizes, load_onnx
 from dmq_export.target import FloatType
 from engines.tensorrt.compiler import Refusal, Request, compile_onnx
-from engines.tensorrt.profile import ShapeRange
+from engines.tensorrt.profile import resolve_shapes
 
 BATCHES = {"fixed": (2, 2, 2), "free": (1, 2, 4)}
 QUICK = ("--samples", "2", "--steps", "2", "--les-iters", "2", "--rounding", "nearest", "--workers", "1")
@@ -132,12 +132,7 @@ def _calibrated(arguments: Sequence[str], recipe: Recipe, folder: Path) -> Check
 def _row(family: str, recipe: Recipe, form: Form, onnx: Path) -> Row:
     model = load_onnx(onnx)
     nodes = integer_nodes(model)
-    shapes = {
-        name: ShapeRange(
-            *(tuple(size if isinstance(size, int) else batch for size in sizes) for batch in BATCHES[form.batch])
-        )
-        for name, sizes in input_sizes(model).items()
-    }
+    shapes = resolve_shapes(input_sizes(model), {}, Batch(*BATCHES[form.batch]))
     found = compile_onnx(Request(onnx, shapes, ((8, 9),)))
     if isinstance(found, Refusal):
         why = "; ".join([f"{error.node}: {error.text}" for error in found.errors] or found.log)
